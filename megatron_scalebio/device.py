@@ -1,0 +1,116 @@
+"""The seam between machines with and without CUDA.
+
+Megatron-Core 0.19 names CUDA in its pipeline schedules and asks it for "the current device" wherever it allocates.
+On a machine without CUDA, `install_cpu_seam` redirects exactly those places (`SEAM`, one entry each, so that a test
+can tell when an upgrade moves one); everything else of Megatron-Core runs unedited.
+"""
+
+import importlib
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_scalebio.config import UserError
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class SeamLocation:
+    module: str  # where Megatron-Core depends on CUDA
+    source: str  # the text there, checked by a test
+    why: str
+
+
+SEAM = (
+    SeamLocation(
+        "megatron.core.pipeline_parallel.schedules",
+        'torch.zeros([], dtype=torch.int, device="cuda")',
+        "the count of tokens is created on CUDA by name",
+    ),
+    SeamLocation(
+        "megatron.core.pipeline_parallel.p2p_communication",
+        "device=torch.cuda.current_device()",
+        "receive buffers of the pipeline",
+    ),
+    SeamLocation(
+        "megatron.core.tensor_parallel.layers", "device=torch.cuda.current_device()", "weights and gather buffers"
+    ),
+    SeamLocation("megatron.core.tensor_parallel.mappings", "device=torch.cuda.current_device()", "gather and scatter"),
+    SeamLocation(
+        "megatron.core.models.common.language_module.language_module",
+        "weight.data.cuda()",
+        "tied embeddings on two stages are moved before they are compared",
+    ),
+    SeamLocation(
+        "megatron.core.dist_checkpointing.strategies.state_dict_saver",
+        "device=torch.cuda.current_device()",
+        "the ranks' agreement that a checkpoint is written",
+    ),
+    SeamLocation(
+        "megatron.core.dist_checkpointing.strategies.filesystem_async",
+        "torch.cuda.synchronize()",
+        "the end of the copies to the host before a checkpoint is written",
+    ),
+)
+
+
+class _TorchOnCpu:
+    """`torch` as one Megatron-Core module sees it: factories that name CUDA allocate on the CPU instead."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def zeros(*size: Any, device: Any = None, **kwargs: Any) -> Tensor:
+        return torch.zeros(*size, device=CPU if device == "cuda" else device, **kwargs)
+
+
+def choose_device(setting: str) -> torch.device:
+    """The device of this process for `run.device`: auto | cpu | cuda. One process drives one GPU, `LOCAL_RANK`'s."""
+    available = torch.cuda.is_available()
+    if setting == "cuda" and not available:
+        raise UserError("run.device=cuda, but torch finds no CUDA device on this machine; use run.device=cpu or auto")
+    if setting == "cpu" or not available:
+        return CPU
+    local_rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local_rank >= count:
+        raise UserError(f"local rank {local_rank} has no GPU: this node shows {count}; start at most {count} ranks on it")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def install_cpu_seam() -> None:
+    """Let Megatron-Core run in this process on the CPU. Idempotent.
+
+    Raises: RuntimeError where CUDA is in use: redirecting it there would put tensors on the wrong device in silence.
+    """
+    if torch.cuda.is_initialized():
+        raise RuntimeError("install_cpu_seam: CUDA is in use in this process; Megatron-Core needs no seam on CUDA")
+    torch.cuda.current_device = lambda: CPU
+    torch.cuda.synchronize = lambda device=None: None
+    Tensor.cuda = lambda self, *args, **kwargs: self
+    schedules = importlib.import_module("megatron.core.pipeline_parallel.schedules")
+    if schedules.torch is torch:
+        schedules.torch = _TorchOnCpu()
+
+
+def backend(device: torch.device) -> str:
+    """The torch.distributed backend of a device."""
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def read_back(tensor: Tensor) -> list[float]:
+    """Device numbers as Python floats. The one place where the host waits for the device during a step."""
+    return tensor.detach().to(device=CPU, dtype=torch.float64).reshape(-1).tolist()
+
+
+def describe(device: torch.device) -> str:
+    """The device in words, for the log."""
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+        return f"{torch.cuda.get_device_name(device)}, {memory / 2**30:.0f} GiB"
+    return f"CPU, {torch.get_num_threads()} threads per rank"
