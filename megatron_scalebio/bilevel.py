@@ -1,0 +1,151 @@
+"""One step of first-order bilevel optimisation (ScaleBiO, arXiv 2406.19976, Algorithm 1).
+
+K sources with logits lambda and weights p = softmax(lambda); two copies of one model:
+
+    lower:   minimise   alpha * sum_i p_i L_i(lower)
+    upper:   minimise   L_val(upper) + alpha * sum_i p_i L_i(upper)
+    logits:  descend    alpha * J^T g,   g_i = L_i(upper) - L_i(lower),   J = dp/dlambda
+
+All losses are taken at the parameters before any update, on the same training batch for both models. No second-order
+derivative: the models meet the outer problem only through the two K-vectors of losses.
+"""
+
+import zlib
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from megatron_scalebio.active_layers import Role
+from megatron_scalebio.config import Config
+from megatron_scalebio.data.batch import MicroBatch, StepBatch
+from megatron_scalebio.losses import TokenCoefs, evaluation_coefs, train_coefs
+from megatron_scalebio.source_weights import SourceWeights, scheduled_lr
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Micro-batches that one model runs, and what each of their loss tokens counts."""
+
+    role: Role
+    split: str  # "train" | "validation" | "test", for messages
+    micro_batches: list[MicroBatch]
+    coefs: list[TokenCoefs]  # of each micro-batch
+    num_sources: int  # K for train; 1 for validation and test
+
+
+class NonFiniteLoss(Exception):
+    """A loss is NaN or infinite; nothing was updated. `rank` is the lowest rank that computed such a loss."""
+
+    def __init__(self, rank: int, losses: list[Tensor]):
+        super().__init__(f"non-finite loss on rank {rank}")
+        self.rank, self.losses = rank, losses
+
+
+class Models(Protocol):
+    """What a step needs of the two models. Megatron-Core's host is one; a quadratic can be another."""
+
+    def forward_backward(self, passes: list[Pass], fingerprint: int) -> list[Tensor]:
+        """Mean losses per source of each pass, [num_sources] fp64 on the host, over the whole global batch; the
+        gradients of `sum(loss_coef * token_loss)` are left with the models.
+
+        `fingerprint` must be equal on every rank, or the step is refused. Raises: NonFiniteLoss.
+        """
+
+    def step(self, role: Role, lr: float, max_norm: float | None) -> Tensor:
+        """Clip the gradient to `max_norm`, update the model; returns the gradient's norm before the clip (scalar)."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Losses and gradients at the parameters before the update."""
+
+    train_loss: dict[Role, Tensor]  # [K]
+    validation_loss: float | None
+    penalty_gap: float | None  # p . g
+    hypergradient: Tensor | None  # [K]
+    grad_norm: dict[Role, Tensor]  # scalars, before the clip
+    lr: float
+    logits_lr: float | None
+    penalty_alpha: float
+
+
+class Bilevel:
+    """The step of `bilevel.mode` bilevel or fixed."""
+
+    def __init__(self, config: Config, source_weights: SourceWeights):
+        self.config, self.source_weights = config, source_weights
+
+    def penalty_alpha(self, step: int) -> float:
+        """alpha of a step, from 1. Mode fixed has no penalty: alpha is 1."""
+        bilevel = self.config.bilevel
+        return bilevel.penalty_alpha * bilevel.penalty_growth ** (step - 1) if bilevel.mode == "bilevel" else 1.0
+
+    def step(self, models: Models, step: int, batch: StepBatch, active_layers: dict[Role, list[int]]) -> StepResult:
+        """Take step `step` on both models and the logits. Raises: NonFiniteLoss, before any update."""
+        settings, optimizer = self.config.bilevel, self.config.optimizer
+        alpha, p = self.penalty_alpha(step), self.source_weights.weights
+        fixed = settings.mode == "fixed"
+
+        train = [self._train_coefs(part, batch, alpha * p) for part in batch.train]
+        lower_train = Pass(Role.LOWER, "train", batch.train, train, len(p))
+        upper_train = Pass(Role.UPPER, "train", batch.train, train, len(p))
+        upper_validation = evaluation_pass(
+            "validation",
+            batch.validation,
+            batch.num_validation_examples,
+            batch.num_validation_loss_tokens,
+            settings.validation_loss_unit,
+        )
+        passes = [upper_train] if fixed else [lower_train, upper_train, upper_validation]
+        losses = models.forward_backward(passes, self._fingerprint(step, active_layers))
+
+        def rate(base: float, schedule: str, warmup: float) -> float:
+            return scheduled_lr(base, schedule, step, settings.steps, warmup)
+
+        lr = rate(optimizer.lr, optimizer.schedule, optimizer.warmup)
+        lr_lower = lr if optimizer.lr_lower is None else rate(optimizer.lr_lower, optimizer.schedule, optimizer.warmup)
+        max_norm = None if optimizer.clip_grad is None else optimizer.clip_grad * alpha
+        if fixed:
+            norm = models.step(Role.UPPER, lr, max_norm)
+            return StepResult({Role.UPPER: losses[0]}, None, None, None, {Role.UPPER: norm}, lr, None, alpha)
+
+        loss_lower, loss_upper, validation_loss = losses
+        norms = {role: models.step(role, role_lr, max_norm) for role, role_lr in ((Role.LOWER, lr_lower), (Role.UPPER, lr))}
+        gap = loss_upper - loss_lower
+        logits_lr = rate(
+            settings.logits_lr,
+            settings.logits_schedule,
+            optimizer.warmup if settings.logits_schedule == "cosine" else 0.0,
+        )
+        hypergradient = self.source_weights.update(alpha, gap, logits_lr)
+        return StepResult(
+            train_loss={Role.LOWER: loss_lower, Role.UPPER: loss_upper},
+            validation_loss=validation_loss.item(),
+            penalty_gap=float(p @ gap),
+            hypergradient=hypergradient,
+            grad_norm=norms,
+            lr=lr,
+            logits_lr=logits_lr,
+            penalty_alpha=alpha,
+        )
+
+    def _train_coefs(self, part: MicroBatch, batch: StepBatch, weights: Tensor) -> TokenCoefs:
+        unit = self.config.bilevel.train_loss_unit
+        counts = batch.num_examples, batch.num_loss_tokens
+        return train_coefs(part.source_ids, part.example_loss_tokens, *counts, weights, unit)
+
+    def _fingerprint(self, step: int, active_layers: dict[Role, list[int]]) -> int:
+        """20 bits of what every rank must agree on before a step: its number, the logits, the active layers."""
+        state = f"{step} {self.source_weights.logits.tolist()} {sorted(active_layers.items())}"
+        return zlib.crc32(state.encode()) & 0xFFFFF
+
+
+def evaluation_pass(
+    split: str, micro_batches: list[MicroBatch], num_examples: int, num_loss_tokens: int, unit: str
+) -> Pass:
+    """The upper model over validation or test examples; the counts are those of all ranks together."""
+    coefs = [
+        evaluation_coefs(part.example_loss_tokens, num_examples, num_loss_tokens, unit) for part in micro_batches
+    ]
+    return Pass(Role.UPPER, split, micro_batches, coefs, 1)

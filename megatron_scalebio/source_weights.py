@@ -1,0 +1,104 @@
+"""Source weights p as a function of the logits, the hypergradient, and the three ways to follow it.
+
+    p = floor + (1 - K * floor) * q,   q = softmax(logits + log prior)
+    hypergradient = alpha * J^T g,     g_i = L_i(upper) - L_i(lower),   J = dp/dlogits
+    (J^T g)_i = (1 - K * floor) * q_i * (g_i - q . g)
+
+Source: arXiv 2406.19976, Algorithm 1 (floor 0, uniform prior, AdamW). K numbers in fp64 on the host: every rank holds
+the same bits.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+class SourceWeights:
+    """The logits of K sources and their optimizer.
+
+    Args:
+        num_sources: K.
+        optimizer: "adamw", "exponentiated_gradient" (`logits -= lr * alpha * (g - p . g)`) or "sgd".
+        weight_decay: decoupled, AdamW only; it pulls the weights towards the prior.
+        floor: smallest weight of a source, in [0, 1/K).
+        prior: [K] positive, the weights at logits 0; None is uniform.
+        start: [K], the weights to begin at, each above the floor; None begins at logits 0.
+    """
+
+    def __init__(
+        self,
+        num_sources: int,
+        optimizer: str = "adamw",
+        weight_decay: float = 0.0,
+        floor: float = 0.0,
+        prior: list[float] | None = None,
+        start: list[float] | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ):
+        self.optimizer, self.weight_decay, self.betas, self.eps = optimizer, weight_decay, betas, eps
+        self.floor, self.span = floor, 1.0 - num_sources * floor
+        uniform = [1.0 / num_sources] * num_sources
+        self.log_prior = torch.tensor(prior or uniform, dtype=torch.float64).log()
+        self.logits = torch.zeros(num_sources, dtype=torch.float64)
+        if start is not None:
+            weights = torch.tensor(start, dtype=torch.float64)
+            shifted = ((weights / weights.sum() - floor) / self.span).log() - self.log_prior
+            self.logits = shifted - shifted.mean()
+        self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.logits), torch.zeros_like(self.logits)
+        self.step = 0
+
+    @property
+    def weights(self) -> Tensor:
+        """p: [K] fp64, sums to one."""
+        return self.floor + self.span * self._softmax()
+
+    def hypergradient(self, alpha: float, gap: Tensor) -> Tensor:
+        """`alpha * J^T g` for the gaps g [K] between the models' losses."""
+        q = self._softmax()
+        return alpha * self.span * q * (gap - q @ gap)
+
+    def update(self, alpha: float, gap: Tensor, lr: float) -> Tensor:
+        """Descend; returns the hypergradient at the weights before the update, before any decay."""
+        hypergradient = self.hypergradient(alpha, gap)
+        self.step += 1
+        if self.optimizer == "adamw":
+            self._adamw(hypergradient, lr)
+        elif self.optimizer == "exponentiated_gradient":
+            self.logits = self.logits - lr * alpha * (gap - self.weights @ gap)
+        else:
+            self.logits = self.logits - lr * hypergradient
+        return hypergradient
+
+    def state_dict(self) -> dict:
+        return {name: getattr(self, name) for name in ("logits", "exp_avg", "exp_avg_sq", "step")}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+    def _softmax(self) -> Tensor:
+        return torch.softmax(self.logits + self.log_prior, dim=0)
+
+    def _adamw(self, gradient: Tensor, lr: float) -> None:
+        beta1, beta2 = self.betas
+        self.exp_avg = beta1 * self.exp_avg + (1 - beta1) * gradient
+        self.exp_avg_sq = beta2 * self.exp_avg_sq + (1 - beta2) * gradient**2
+        denominator = (self.exp_avg_sq / (1 - beta2**self.step)).sqrt() + self.eps
+        decayed = self.logits * (1 - lr * self.weight_decay)
+        self.logits = decayed - lr / (1 - beta1**self.step) * self.exp_avg / denominator
+
+
+def scheduled_lr(base: float, schedule: str, step: int, num_steps: int, warmup: float) -> float:
+    """Learning rate of a step (from 1): linear warm-up over `round(warmup * num_steps)` steps, then constant or cosine.
+
+    The cosine starts at the full rate in the first step after the warm-up; the last step's rate is still positive.
+    """
+    num_warmup = round(warmup * num_steps)
+    if step <= num_warmup:
+        return base * step / num_warmup
+    if schedule == "constant":
+        return base
+    progress = (step - 1 - num_warmup) / (num_steps - num_warmup)
+    return base * 0.5 * (1.0 + math.cos(math.pi * progress))
