@@ -1,0 +1,166 @@
+"""What trains: the active blocks of one model, their gradients and optimizer state.
+
+State exists for the active blocks only, sharded over data parallelism: per block one full gradient in the master dtype
+(the parameters' `main_grad` are its slices), and this rank's shard of master and moments. A block that stays active
+over a redraw keeps its state; one that freezes loses it; one that thaws starts anew.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Parameter
+
+from megatron_scalebio.active_layers import Role
+from megatron_scalebio.config import Config
+from megatron_scalebio.kernels.adamw import adamw_update, sum_of_squares
+from megatron_scalebio.mcore.process_groups import ProcessGroups
+from megatron_scalebio.mcore.weight_store import Block, Region, WeightStore
+
+TIED_BLOCKS = ("embedding", "head")
+
+
+@dataclass
+class ActiveBlock:
+    """An active block's training state. `shard` is this rank's range of the flat block."""
+
+    block: Block
+    shard: slice
+    gradient: Tensor  # [numel] master dtype
+    master: Tensor  # [numel / DP]
+    exp_avg: Tensor  # [numel / DP]
+    exp_avg_sq: Tensor  # [numel / DP]
+    num_updates: int = 0  # Adam's bias correction counts each block's own
+
+    def local_regions(self) -> list[tuple[Region, slice]]:
+        """The regions that reach into this rank's shard, with their range within it."""
+        low, high = self.shard.start, self.shard.stop
+        bounds = [(region, max(region.start, low), min(region.stop, high)) for region in self.block.regions]
+        return [(region, slice(start - low, stop - low)) for region, start, stop in bounds if start < stop]
+
+    def num_bytes(self) -> int:
+        """Bytes of gradient, moments and, where it is not the weights themselves, master."""
+        tensors = [self.gradient, self.exp_avg, self.exp_avg_sq]
+        if self.master.dtype != self.block.weights.dtype:
+            tensors.append(self.master)
+        return sum(tensor.nbytes for tensor in tensors)
+
+
+class ActiveSet:
+    """The active blocks of one model on this rank: gradients reduced, clipped and applied by AdamW."""
+
+    def __init__(self, role: Role, store: WeightStore, groups: ProcessGroups, config: Config):
+        self.role, self.store, self.groups, self.optimizer = role, store, groups, config.optimizer
+        self.sequence_parallel, self.tied = config.parallel.sequence, config.model.shape.tied_embeddings
+        self.blocks: dict[str, ActiveBlock] = {}
+        self._hooks: dict[str, list] = {}
+        for name in store.blocks[role]:
+            store.freeze(role, name)
+
+    def redraw(self, names: list[str]) -> None:
+        """Make exactly the named blocks active, of those that this stage holds."""
+        for name in [name for name in self.blocks if name not in names]:
+            self._freeze(name)
+        for name in names:
+            if name in self.store.blocks[self.role] and name not in self.blocks:
+                self._thaw(name)
+
+    def zero_gradients(self) -> None:
+        for active in self.blocks.values():
+            active.gradient.zero_()
+
+    def reduce_gradients(self) -> None:
+        """Add up what the ranks hold of each gradient; after this the rank's shard of `gradient` is the whole model's.
+
+        Under sequence parallelism a replicated parameter has seen this rank's part of the sequence only. Tied
+        embeddings add up over the first and the last stage. Then one reduction over data parallelism.
+        """
+        for name, active in self.blocks.items():
+            if self.sequence_parallel:
+                for region in active.block.regions:
+                    if region.replicated:
+                        dist.all_reduce(active.gradient[region.start : region.stop], group=self.groups.tensor)
+            if self.tied and name in TIED_BLOCKS and self.groups.num_stages > 1:
+                dist.all_reduce(active.gradient, group=self.groups.embedding)
+        if self.groups.data.size() > 1:
+            for active in self.blocks.values():
+                reduced = torch.empty_like(active.gradient[active.shard])
+                dist.reduce_scatter_tensor(reduced, active.gradient, group=self.groups.data)
+                active.gradient[active.shard] = reduced
+
+    def gradient_norm(self) -> Tensor:
+        """L2 norm of the whole model's gradient, a scalar equal on every rank; every parameter is counted once."""
+        device = next(iter(self.store.blocks[self.role].values())).weights.device
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for active in self.blocks.values():
+            gradient = active.gradient[active.shard]
+            for region, local in active.local_regions():
+                if not region.duplicate:
+                    total += sum_of_squares(gradient[local])
+        dist.all_reduce(total)
+        return total.sqrt()
+
+    def step(self, lr: float, max_norm: float | None) -> Tensor:
+        """Clip to `max_norm`, update the active blocks; returns the norm before the clip. Needs `reduce_gradients`."""
+        norm = self.gradient_norm()
+        scale = torch.ones_like(norm) if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for active in self.blocks.values():
+            self._update(active, lr, scale)
+        return norm
+
+    def _update(self, active: ActiveBlock, lr: float, scale: Tensor) -> None:
+        active.num_updates += 1
+        weights, gradient = active.block.weights[active.shard], active.gradient[active.shard]
+        same = active.master.dtype == weights.dtype
+        for region, local in active.local_regions():
+            master = active.master[local]
+            adamw_update(
+                master if same else weights[local],
+                master,
+                gradient[local],
+                active.exp_avg[local],
+                active.exp_avg_sq[local],
+                step=active.num_updates,
+                lr=lr,
+                betas=tuple(self.optimizer.betas),
+                eps=self.optimizer.eps,
+                weight_decay=self.optimizer.weight_decay if region.decay else 0.0,
+                gradient_scale=scale.to(gradient.dtype),
+            )
+        if self.groups.data.size() > 1:
+            dist.all_gather_into_tensor(active.block.weights, weights.clone(), group=self.groups.data)
+
+    def _thaw(self, name: str) -> None:
+        numel = self.store.blocks[self.role][name].numel
+        size, rank = self.groups.data.size(), self.groups.data.rank()
+        shard = slice(rank * numel // size, (rank + 1) * numel // size)
+        weights = self.store.blocks[self.role][name].weights
+        master_dtype = torch.float64 if weights.dtype == torch.float64 else torch.float32
+        block, master = self.store.thaw(self.role, name, master_dtype, shard)
+        gradient = torch.zeros(numel, dtype=master_dtype, device=weights.device)
+        self.blocks[name] = ActiveBlock(
+            block, shard, gradient, master, torch.zeros_like(master), torch.zeros_like(master)
+        )
+        views = block.views(gradient)
+        for parameter, view in zip(block.parameters, views, strict=True):
+            parameter.tensor.main_grad = view
+        self._hooks[name] = [
+            parameter.tensor.register_post_accumulate_grad_hook(_accumulate_in_master_dtype)
+            for parameter in block.parameters
+        ]
+
+    def _freeze(self, name: str) -> None:
+        active = self.blocks.pop(name)
+        for hook in self._hooks.pop(name):
+            hook.remove()
+        for parameter in active.block.parameters:
+            del parameter.tensor.main_grad
+            parameter.tensor.grad = None
+        self.store.freeze(self.role, name, active.master)
+
+
+def _accumulate_in_master_dtype(parameter: Parameter) -> None:
+    """Move a micro-batch's gradient, in the compute dtype, into the fp32 sum over micro-batches."""
+    parameter.main_grad.add_(parameter.grad)
+    parameter.grad = None

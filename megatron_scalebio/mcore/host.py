@@ -1,0 +1,100 @@
+"""The two models on Megatron-Core, behind the protocol that a bilevel step needs (`bilevel.Models`)."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_scalebio.active_layers import Role
+from megatron_scalebio.bilevel import NonFiniteLoss, Pass
+from megatron_scalebio.config import Config
+from megatron_scalebio.device import read_back
+from megatron_scalebio.mcore.active_set import ActiveSet
+from megatron_scalebio.mcore.dual_model import DualModel, run_flush
+from megatron_scalebio.mcore.model import build_model
+from megatron_scalebio.mcore.parameters import layer_block, load_weights, named_parameters, random_weights
+from megatron_scalebio.mcore.process_groups import ProcessGroups
+from megatron_scalebio.mcore.weight_store import WeightStore, make_blocks
+
+ALWAYS_ACTIVE = ["embedding", "final_norm", "head"]
+
+
+class MegatronModels:
+    """Lower and upper model (upper alone in mode fixed) of this rank, equal at the start.
+
+    Args:
+        vocab_size: the model's vocabulary, before padding.
+    """
+
+    def __init__(self, config: Config, groups: ProcessGroups, device: torch.device, vocab_size: int):
+        self.config, self.groups, self.device = config, groups, device
+        roles = list(Role) if config.bilevel.mode == "bilevel" else [Role.UPPER]
+        models = {role: build_model(config, groups, device, vocab_size) for role in roles}
+        blocks = {}
+        for role, model in models.items():
+            parameters = named_parameters(model, groups)
+            dtype = model.config.params_dtype
+            load_weights(parameters, random_weights(config.model.shape, config.run.seed, dtype), groups)
+            blocks[role] = make_blocks(parameters, groups.data.size())
+        self.store = WeightStore(blocks)
+        te = config.model.implementation == "te"
+        self.chunk = DualModel(models, groups, vocab_size, device, te)
+        self.active_sets = {role: ActiveSet(role, self.store, groups, config) for role in roles}
+
+    def redraw(self, active_layers: dict[Role, list[int]]) -> None:
+        """Make the given decoder layers active, and what always trains; freeze the rest."""
+        for role, active_set in self.active_sets.items():
+            active_set.redraw(ALWAYS_ACTIVE + [layer_block(layer) for layer in active_layers[role]])
+
+    def forward_backward(self, passes: list[Pass], fingerprint: int) -> list[Tensor]:
+        """See `bilevel.Models`. One flush carries all passes; `parallel.fused_pipeline=false` runs one flush each."""
+        for active_set in self.active_sets.values():
+            active_set.zero_gradients()
+        sums = self._run(passes, forward_only=False)
+        losses = self._add_over_ranks(sums, fingerprint)
+        for active_set in self.active_sets.values():
+            active_set.reduce_gradients()
+        return losses
+
+    def evaluate(self, part: Pass) -> float:
+        """Mean loss of a pass, without gradients."""
+        with torch.no_grad():
+            (loss,) = self._add_over_ranks(self._run([part], forward_only=True), fingerprint=0)
+        return loss.item()
+
+    def step(self, role: Role, lr: float, max_norm: float | None) -> Tensor:
+        """See `bilevel.Models`."""
+        return self.active_sets[role].step(lr, max_norm)
+
+    def _run(self, passes: list[Pass], forward_only: bool) -> list[Tensor]:
+        if self.config.parallel.fused_pipeline:
+            return run_flush(self.chunk, passes, forward_only)
+        return [run_flush(self.chunk, [part], forward_only)[0] for part in passes]
+
+    def _add_over_ranks(self, sums: list[Tensor], fingerprint: int) -> list[Tensor]:
+        """Global losses per pass on the host, equal on every rank, by one all-reduce of a few fp64 numbers.
+
+        The fingerprint rides along: with h its value, sum(h) and sum(h^2) equal world * h and world * h^2 on every
+        rank only if all ranks hold the same h (exact in fp64 for 20 bits).
+        """
+        local = torch.cat(sums)
+        mine = local if self.groups.tensor_rank == 0 else torch.zeros_like(local)
+        check = torch.tensor([fingerprint, fingerprint**2], dtype=torch.float64, device=self.device)
+        total = torch.cat([mine, check])
+        dist.all_reduce(total)
+        *values, first, second = read_back(total)
+        world = self.groups.world_size
+        if (first, second) != (world * fingerprint, world * fingerprint**2):
+            raise RuntimeError(
+                f"rank {self.groups.rank}: the ranks disagree on the step, the logits or the active layers "
+                f"(fingerprint {fingerprint} here); the run stops before any update"
+            )
+        losses = list(torch.tensor(values, dtype=torch.float64).split([len(part) for part in sums]))
+        if not torch.isfinite(torch.tensor(values)).all():
+            raise NonFiniteLoss(self._first_rank_with_non_finite(local), losses)
+        return losses
+
+    def _first_rank_with_non_finite(self, local: Tensor) -> int:
+        bad = not bool(torch.isfinite(local).all())
+        rank = torch.tensor(self.groups.rank if bad else self.groups.world_size, device=self.device)
+        dist.all_reduce(rank, op=dist.ReduceOp.MIN)
+        return int(rank)
