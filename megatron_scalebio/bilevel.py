@@ -10,6 +10,7 @@ All losses are taken at the parameters before any update, on the same training b
 derivative: the models meet the outer problem only through the two K-vectors of losses.
 """
 
+import math
 import zlib
 from dataclasses import dataclass
 from typing import Protocol
@@ -37,9 +38,21 @@ class Pass:
 class NonFiniteLoss(Exception):
     """A loss is NaN or infinite; nothing was updated. `rank` is the lowest rank that computed such a loss."""
 
-    def __init__(self, rank: int, losses: list[Tensor]):
+    def __init__(self, rank: int, passes: list[Pass], losses: list[Tensor]):
         super().__init__(f"non-finite loss on rank {rank}")
-        self.rank, self.losses = rank, losses
+        self.rank, self.passes, self.losses = rank, passes, losses
+
+    def describe(self, source_names: list[str], step: int) -> str:
+        """Which losses of which step, for the user."""
+        found = []
+        for part, losses in zip(self.passes, self.losses, strict=True):
+            names = source_names if part.split == "train" else [part.split]
+            found += [
+                f"{name} is {loss} in the {part.role} model"
+                for name, loss in zip(names, losses.tolist(), strict=True)
+                if not math.isfinite(loss)
+            ]
+        return f"step {step}: non-finite loss on rank {self.rank}, before any update: {'; '.join(found)}"
 
 
 class Models(Protocol):
@@ -111,7 +124,8 @@ class Bilevel:
             return StepResult({Role.UPPER: losses[0]}, None, None, None, {Role.UPPER: norm}, lr, None, alpha)
 
         loss_lower, loss_upper, validation_loss = losses
-        norms = {role: models.step(role, role_lr, max_norm) for role, role_lr in ((Role.LOWER, lr_lower), (Role.UPPER, lr))}
+        rates = {Role.LOWER: lr_lower, Role.UPPER: lr}
+        norms = {role: models.step(role, rates[role], max_norm) for role in rates}
         gap = loss_upper - loss_lower
         logits_lr = rate(
             settings.logits_lr,

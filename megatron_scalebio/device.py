@@ -78,7 +78,7 @@ def choose_device(setting: str) -> torch.device:
         return CPU
     local_rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if local_rank >= count:
-        raise UserError(f"local rank {local_rank} has no GPU: this node shows {count}; start at most {count} ranks on it")
+        raise UserError(f"local rank {local_rank} has no GPU: this node has {count}; start at most {count} ranks on it")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 

@@ -23,7 +23,7 @@ class SourceWeights:
         weight_decay: decoupled, AdamW only; it pulls the weights towards the prior.
         floor: smallest weight of a source, in [0, 1/K).
         prior: [K] positive, the weights at logits 0; None is uniform.
-        start: [K], the weights to begin at, each above the floor; None begins at logits 0.
+        start: [K], the weights to begin at, each above the floor (or 0, if they stay fixed); None begins at logits 0.
     """
 
     def __init__(
@@ -44,8 +44,8 @@ class SourceWeights:
         self.logits = torch.zeros(num_sources, dtype=torch.float64)
         if start is not None:
             weights = torch.tensor(start, dtype=torch.float64)
-            shifted = ((weights / weights.sum() - floor) / self.span).log() - self.log_prior
-            self.logits = shifted - shifted.mean()
+            logits = ((weights / weights.sum() - floor) / self.span).log() - self.log_prior
+            self.logits = logits - logits[logits.isfinite()].mean()  # weight 0 is logit -inf: for fixed weights only
         self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.logits), torch.zeros_like(self.logits)
         self.step = 0
 
@@ -71,12 +71,15 @@ class SourceWeights:
             self.logits = self.logits - lr * hypergradient
         return hypergradient
 
-    def state_dict(self) -> dict:
-        return {name: getattr(self, name) for name in ("logits", "exp_avg", "exp_avg_sq", "step")}
+    def state_dict(self) -> dict[str, list[float] | int]:
+        """Plain numbers that JSON keeps exactly."""
+        vectors = {name: getattr(self, name).tolist() for name in ("logits", "exp_avg", "exp_avg_sq")}
+        return {**vectors, "step": self.step}
 
-    def load_state_dict(self, state: dict) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
+    def load_state_dict(self, state: dict[str, list[float] | int]) -> None:
+        for name in ("logits", "exp_avg", "exp_avg_sq"):
+            setattr(self, name, torch.tensor(state[name], dtype=torch.float64))
+        self.step = state["step"]
 
     def _softmax(self) -> Tensor:
         return torch.softmax(self.logits + self.log_prior, dim=0)

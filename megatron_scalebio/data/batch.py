@@ -17,7 +17,7 @@ class MicroBatch:
     """
 
     tokens: Tensor  # [T] input ids; padding where no example lies
-    cu_seqlens: Tensor  # [segments + 1] int32, ends of the examples and of the padding tails in the flat T; no segment spans two rows
+    cu_seqlens: Tensor  # [segments + 1] int32: 0, then the ends of examples and padding tails in the flat T
     row_length: int  # S
     loss_positions: Tensor  # [N] ascending, into T
     targets: Tensor  # [N] the token after each loss position

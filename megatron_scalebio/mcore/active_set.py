@@ -128,13 +128,11 @@ class ActiveSet:
                 weight_decay=self.optimizer.weight_decay if region.decay else 0.0,
                 gradient_scale=scale.to(gradient.dtype),
             )
-        if self.groups.data.size() > 1:
-            dist.all_gather_into_tensor(active.block.weights, weights.clone(), group=self.groups.data)
+        gather_weights(active.block, self.groups)
 
     def _thaw(self, name: str) -> None:
         numel = self.store.blocks[self.role][name].numel
-        size, rank = self.groups.data.size(), self.groups.data.rank()
-        shard = slice(rank * numel // size, (rank + 1) * numel // size)
+        shard = data_parallel_shard(numel, self.groups)
         weights = self.store.blocks[self.role][name].weights
         master_dtype = torch.float64 if weights.dtype == torch.float64 else torch.float32
         block, master = self.store.thaw(self.role, name, master_dtype, shard)
@@ -158,6 +156,19 @@ class ActiveSet:
             del parameter.tensor.main_grad
             parameter.tensor.grad = None
         self.store.freeze(self.role, name, active.master)
+
+
+def data_parallel_shard(numel: int, groups: ProcessGroups) -> slice:
+    """This rank's range of a flat block of `numel` numbers, a multiple of the data-parallel size."""
+    length = numel // groups.data.size()
+    return slice(groups.data.rank() * length, (groups.data.rank() + 1) * length)
+
+
+def gather_weights(block: Block, groups: ProcessGroups) -> None:
+    """Make a block's weights whole again where each data-parallel rank has changed its own shard."""
+    if groups.data.size() > 1:
+        mine = block.weights[data_parallel_shard(block.numel, groups)].clone()
+        dist.all_gather_into_tensor(block.weights, mine, group=groups.data)
 
 
 def _accumulate_in_master_dtype(parameter: Parameter) -> None:

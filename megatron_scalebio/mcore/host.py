@@ -2,13 +2,14 @@
 
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
 from megatron_scalebio.active_layers import Role
 from megatron_scalebio.bilevel import NonFiniteLoss, Pass
 from megatron_scalebio.config import Config
 from megatron_scalebio.device import read_back
-from megatron_scalebio.mcore.active_set import ActiveSet
+from megatron_scalebio.mcore.active_set import ActiveSet, data_parallel_shard, gather_weights
 from megatron_scalebio.mcore.dual_model import DualModel, run_flush
 from megatron_scalebio.mcore.model import build_model
 from megatron_scalebio.mcore.parameters import layer_block, load_weights, named_parameters, random_weights
@@ -50,7 +51,7 @@ class MegatronModels:
         for active_set in self.active_sets.values():
             active_set.zero_gradients()
         sums = self._run(passes, forward_only=False)
-        losses = self._add_over_ranks(sums, fingerprint)
+        losses = self._add_over_ranks(passes, sums, fingerprint)
         for active_set in self.active_sets.values():
             active_set.reduce_gradients()
         return losses
@@ -58,19 +59,73 @@ class MegatronModels:
     def evaluate(self, part: Pass) -> float:
         """Mean loss of a pass, without gradients."""
         with torch.no_grad():
-            (loss,) = self._add_over_ranks(self._run([part], forward_only=True), fingerprint=0)
+            (loss,) = self._add_over_ranks([part], self._run([part], forward_only=True), fingerprint=0)
         return loss.item()
 
     def step(self, role: Role, lr: float, max_norm: float | None) -> Tensor:
         """See `bilevel.Models`."""
         return self.active_sets[role].step(lr, max_norm)
 
+    def state(self) -> dict:
+        """What a checkpoint must know before tensors are loaded: which blocks are still shared, and Adam's counts."""
+        return {
+            "shared": [name for name in self.store.blocks[Role.UPPER] if self.store.is_shared(name)],
+            "host_masters": [[role.value, name] for role, name in self.store.masters],
+            "num_updates": {
+                role.value: {name: active.num_updates for name, active in active_set.blocks.items()}
+                for role, active_set in self.active_sets.items()
+            },
+        }
+
+    def sharded_tensors(self) -> dict[str, ShardedTensor]:
+        """This rank's tensors for a checkpoint, by key: every flat block cut over data parallelism."""
+        tensors = {}
+        for role, blocks in self.store.blocks.items():
+            for name, block in blocks.items():
+                shared = self.store.is_shared(name)
+                if shared and role is Role.UPPER:
+                    continue
+                key = f"{'shared' if shared else role.value}/{name}"
+                active = self.active_sets[role].blocks.get(name)
+                shard = data_parallel_shard(block.numel, self.groups)
+                tensors[f"{key}/weights"] = block.weights[shard]
+                if active is not None:
+                    tensors |= {f"{key}/{part}": getattr(active, part) for part in ("master", "exp_avg", "exp_avg_sq")}
+                elif (role, name) in self.store.masters:
+                    tensors[f"{key}/master"] = self.store.masters[role, name]
+        cut = (0, self.groups.data.rank(), self.groups.data.size())
+        return {
+            key: ShardedTensor.from_rank_offsets(f"{key}/tensor_rank_{self.groups.tensor_rank}", tensor, cut)
+            for key, tensor in tensors.items()
+        }
+
+    def prepare_to_load(self, state: dict) -> None:
+        """Bring blocks and optimizer state into the shape that a checkpoint's `state` describes."""
+        for role, blocks in self.store.blocks.items():
+            for name, block in blocks.items():
+                if name not in state["shared"] and self.store.is_shared(name):
+                    block.hold(block.weights.clone())
+                if [role.value, name] in state["host_masters"]:
+                    shard = data_parallel_shard(block.numel, self.groups)
+                    self.store.masters[role, name] = block.weights[shard].to(torch.float32).cpu()
+            for name, active in self.active_sets[role].blocks.items():
+                active.num_updates = state["num_updates"][role.value][name]
+
+    def load_tensors(self, loaded: dict[str, Tensor]) -> None:
+        """Copy a checkpoint's tensors in, then gather each block's weights over data parallelism."""
+        for key, target in self.sharded_tensors().items():
+            target.data.copy_(loaded[key])
+        for role, blocks in self.store.blocks.items():
+            for name, block in blocks.items():
+                if not (role is Role.UPPER and self.store.is_shared(name)):
+                    gather_weights(block, self.groups)
+
     def _run(self, passes: list[Pass], forward_only: bool) -> list[Tensor]:
         if self.config.parallel.fused_pipeline:
             return run_flush(self.chunk, passes, forward_only)
         return [run_flush(self.chunk, [part], forward_only)[0] for part in passes]
 
-    def _add_over_ranks(self, sums: list[Tensor], fingerprint: int) -> list[Tensor]:
+    def _add_over_ranks(self, passes: list[Pass], sums: list[Tensor], fingerprint: int) -> list[Tensor]:
         """Global losses per pass on the host, equal on every rank, by one all-reduce of a few fp64 numbers.
 
         The fingerprint rides along: with h its value, sum(h) and sum(h^2) equal world * h and world * h^2 on every
@@ -90,7 +145,7 @@ class MegatronModels:
             )
         losses = list(torch.tensor(values, dtype=torch.float64).split([len(part) for part in sums]))
         if not torch.isfinite(torch.tensor(values)).all():
-            raise NonFiniteLoss(self._first_rank_with_non_finite(local), losses)
+            raise NonFiniteLoss(self._first_rank_with_non_finite(local), passes, losses)
         return losses
 
     def _first_rank_with_non_finite(self, local: Tensor) -> int:

@@ -1,0 +1,113 @@
+"""One directory per checkpoint, `checkpoints/step_N`: written aside, committed by a rename, so that a directory of
+that name is complete.
+
+`state.json` holds the small state in plain numbers, and what the checkpoint belongs to; the tensors are in
+Megatron-Core's distributed format. Resuming on the same layout continues bit for bit.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Protocol
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch import Tensor
+
+from megatron_scalebio.config import Config, UserError, config_sha256
+
+
+class Checkpointable(Protocol):
+    """What a checkpoint needs of the models; see `mcore.host.MegatronModels`."""
+
+    def state(self) -> dict: ...
+
+    def sharded_tensors(self) -> dict[str, ShardedTensor]: ...
+
+    def prepare_to_load(self, state: dict) -> None: ...
+
+    def load_tensors(self, loaded: dict[str, Tensor]) -> None: ...
+
+
+def checkpoint_dir(config: Config, step: int) -> Path:
+    return Path(config.run.output_dir) / "checkpoints" / f"step_{step}"
+
+
+def newest_checkpoint(config: Config) -> Path | None:
+    """The complete checkpoint of the highest step, or None; directories of other names are ignored."""
+    folder = Path(config.run.output_dir) / "checkpoints"
+    steps = [int(match[1]) for path in folder.glob("step_*") if (match := re.fullmatch(r"step_(\d+)", path.name))]
+    return folder / f"step_{max(steps)}" if steps else None
+
+
+def save_checkpoint(config: Config, step: int, dataset_fingerprint: str, source_weights: dict, models: Checkpointable):
+    """Write the state after `step`; every rank takes part. A checkpoint of that step that exists is left as it is."""
+    final = checkpoint_dir(config, step)
+    if final.exists():
+        return
+    partial = final.with_name(final.name + ".partial")
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)  # what an interrupted save of ours left behind
+        partial.mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(models.sharded_tensors(), str(partial), verify_integrity=True)
+    if dist.get_rank() == 0:
+        content = {
+            "step": step,
+            "config_sha256": config_sha256(config),
+            "dataset_fingerprint": dataset_fingerprint,
+            "layout": _layout(config),
+            "source_weights": source_weights,
+            "models": models.state(),
+        }
+        (partial / "state.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.rename(partial, final)
+    dist.barrier()
+
+
+def read_state(path: Path, config: Config, dataset_fingerprint: str) -> dict:
+    """A checkpoint's small state, checked to belong to this run.
+
+    Raises: UserError, naming what differs.
+    """
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: state.json cannot be read ({error}); move it away to resume before it") from error
+    expected = {
+        "config_sha256": (config_sha256(config), "the settings"),
+        "dataset_fingerprint": (dataset_fingerprint, "the examples in the data files"),
+        "layout": (_layout(config), "the layout: resuming on another one is not supported"),
+    }
+    for key, (value, words) in expected.items():
+        if state[key] != value:
+            raise UserError(
+                f"{path} cannot be continued: it was written with other values of {words} ({state[key]} there, "
+                f"{value} here); restore them, or start anew in another run.output_dir"
+            )
+    return state
+
+
+def load_models(path: Path, state: dict, models: Checkpointable) -> None:
+    """Load both models' tensors. The active layers of the checkpoint's step must have been drawn.
+
+    Raises: UserError if the files are damaged.
+    """
+    models.prepare_to_load(state["models"])
+    try:
+        loaded = dist_checkpointing.load(models.sharded_tensors(), str(path), verify_integrity=True)
+    except dist_checkpointing.core.CheckpointingException as error:
+        raise UserError(f"{path} is damaged: {error}; move the folder away to resume before it") from error
+    models.load_tensors(loaded)
+
+
+def _layout(config: Config) -> dict[str, int]:
+    model_parallel = config.parallel.tensor * config.parallel.pipeline
+    return {
+        "tensor": config.parallel.tensor,
+        "pipeline": config.parallel.pipeline,
+        "data": dist.get_world_size() // model_parallel,
+    }

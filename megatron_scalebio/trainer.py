@@ -1,0 +1,198 @@
+"""The loop: when to step, evaluate, log and save. What a step computes is in bilevel.py."""
+
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_scalebio.active_layers import Role, draw_active_layers, period_of
+from megatron_scalebio.bilevel import Bilevel, NonFiniteLoss, StepResult, evaluation_pass
+from megatron_scalebio.checkpoint import load_models, newest_checkpoint, read_state, save_checkpoint
+from megatron_scalebio.config import Config
+from megatron_scalebio.data import Dataset, Sampler, StepBatch
+from megatron_scalebio.device import choose_device, read_back
+from megatron_scalebio.mcore.host import MegatronModels
+from megatron_scalebio.mcore.process_groups import start_process_groups
+from megatron_scalebio.metrics import MetricsWriter
+from megatron_scalebio.source_weights import SourceWeights
+
+
+def train(config: Config, dataset: Dataset) -> int:
+    """Run to the last step, or until a signal. Returns the exit status: 0, 1, 130 or 143."""
+    with _StopSignal() as stop:
+        trainer = Trainer(config, dataset)
+        status = trainer.run(stop)
+    dist.destroy_process_group()
+    return status
+
+
+class Trainer:
+    """One run on one rank: models, source weights and data, at the step after which they stand."""
+
+    def __init__(self, config: Config, dataset: Dataset):
+        self.config, self.dataset = config, dataset
+        self.device = choose_device(config.run.device)
+        self.groups = start_process_groups(config.parallel, self.device)
+        self.sampler = Sampler(dataset, config, self.groups.data.rank(), self.groups.data.size())
+        vocab_size = config.model.shape.vocab_size or dataset.tokenizer.vocab_size
+        self.models = MegatronModels(config, self.groups, self.device, vocab_size)
+        self.source_weights = make_source_weights(config, dataset.source_names)
+        self.bilevel = Bilevel(config, self.source_weights)
+        self.step = 0
+        self.active_layers: dict[Role, list[int]] = {}
+        if config.run.resume == "auto" and (checkpoint := newest_checkpoint(config)) is not None:
+            self._resume(checkpoint)
+
+    def run(self, stop: "_StopSignal") -> int:
+        """The loop. Returns the exit status."""
+        config, num_steps = self.config, self.config.bilevel.steps
+        num_examples = {
+            name: len(examples) for name, examples in zip(self.dataset.source_names, self.dataset.train, strict=True)
+        }
+        with MetricsWriter(config, num_examples, self.step, self.groups.rank == 0) as metrics:
+            while self.step < num_steps:
+                started = time.perf_counter()
+                try:
+                    batch, result = self.take_step()
+                except NonFiniteLoss as error:
+                    self._report_non_finite(error)
+                    self.save()
+                    return 1
+                last = self.step == num_steps
+                record = self.record(batch, result)
+                record["step_seconds"] = time.perf_counter() - started
+                if self.dataset.test and (last or _due(self.step, config.run.eval_every)):
+                    record["test_loss"] = self.evaluate()
+                metrics.record(record)
+                stopped_by = stop.agreed(self.device)
+                if last or stopped_by or _due(self.step, config.run.save_every):
+                    self.save()
+                if stopped_by and not last:
+                    return 128 + stopped_by
+        return 0
+
+    def take_step(self) -> tuple[StepBatch, StepResult]:
+        """One step of both models and the logits, on the step's own examples and active layers."""
+        step = self.step + 1
+        self._redraw(step)
+        batch = self.sampler.step(step)
+        result = self.bilevel.step(self.models, step, batch, self.active_layers)
+        self.step = step
+        return batch, result
+
+    def evaluate(self) -> float:
+        """Mean loss of the upper model over the test set's loss tokens."""
+        micro_batches, num_loss_tokens = self.sampler.test_batch()
+        return self.models.evaluate(
+            evaluation_pass("test", micro_batches, len(self.dataset.test), num_loss_tokens, unit="token")
+        )
+
+    def save(self) -> None:
+        """Write a checkpoint of the state after the last step taken."""
+        save_checkpoint(
+            self.config, self.step, self.dataset.fingerprint, self.source_weights.state_dict(), self.models
+        )
+
+    def record(self, batch: StepBatch, result: StepResult) -> dict:
+        """One step's record: the keys of metrics.jsonl, with numbers per source by the sources' names."""
+        names = self.dataset.source_names
+        roles = list(result.grad_norm)
+        norms = dict(zip(roles, read_back(torch.stack([result.grad_norm[role] for role in roles])), strict=True))
+
+        def by_name(values: torch.Tensor | None) -> dict[str, float]:
+            return {} if values is None else dict(zip(names, values.tolist(), strict=True))
+
+        def losses(role: Role) -> dict[str, float | None]:
+            values = by_name(result.train_loss.get(role))
+            present = dict(zip(names, batch.num_examples, strict=True))
+            return {name: loss if present[name] else None for name, loss in values.items()}
+
+        return {
+            "step": self.step,
+            "weights": by_name(self.source_weights.weights),
+            "logits": by_name(self.source_weights.logits),
+            "train_loss_lower": losses(Role.LOWER),
+            "train_loss_upper": losses(Role.UPPER),
+            "val_loss": result.validation_loss,
+            "penalty_gap": result.penalty_gap,
+            "penalty_alpha": result.penalty_alpha,
+            "hypergradient": by_name(result.hypergradient),
+            "grad_norm_lower": norms.get(Role.LOWER),
+            "grad_norm_upper": norms[Role.UPPER],
+            "lr": result.lr,
+            "logits_lr": result.logits_lr,
+            "active_layers": {role.value: self.active_layers[role] for role in roles},
+            "num_tokens": batch.num_tokens,
+            "num_loss_tokens": sum(batch.num_loss_tokens) + batch.num_validation_loss_tokens,
+        }
+
+    def _redraw(self, step: int) -> None:
+        shape, lisa, seed = self.config.model.shape, self.config.lisa, self.config.run.seed
+        drawn = draw_active_layers(lisa, shape.num_layers, seed, period_of(step, lisa))
+        if drawn != self.active_layers:
+            self.active_layers = drawn
+            self.models.redraw(drawn)
+
+    def _resume(self, checkpoint: Path) -> None:
+        state = read_state(checkpoint, self.config, self.dataset.fingerprint)
+        self._redraw(state["step"])
+        load_models(checkpoint, state, self.models)
+        self.source_weights.load_state_dict(state["source_weights"])
+        self.step = state["step"]
+
+    def _report_non_finite(self, error: NonFiniteLoss) -> None:
+        if self.groups.rank == 0:
+            names = [*self.dataset.source_names]
+            print(f"error: {error.describe(names, self.step + 1)}", file=sys.stderr, flush=True)
+
+
+def make_source_weights(config: Config, source_names: list[str]) -> SourceWeights:
+    """The logits of a run before its first step."""
+    bilevel = config.bilevel
+
+    def in_order(mapping: dict[str, float] | None) -> list[float] | None:
+        return None if mapping is None else [mapping[name] for name in source_names]
+
+    return SourceWeights(
+        num_sources=len(source_names),
+        optimizer=bilevel.logits_optimizer,
+        weight_decay=bilevel.logits_weight_decay,
+        betas=tuple(config.optimizer.betas),
+        eps=config.optimizer.eps,
+        floor=bilevel.floor,
+        prior=in_order(bilevel.prior),
+        start=in_order(bilevel.weights),
+    )
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+class _StopSignal:
+    """SIGINT and SIGTERM end the run after the step at hand, with a checkpoint; a second one ends it at once."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __enter__(self) -> "_StopSignal":
+        self.received = 0
+        self._previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def agreed(self, device: torch.device) -> int:
+        """The signal that any rank has received, 0 for none; equal on every rank."""
+        number = torch.tensor(self.received, device=device)
+        dist.all_reduce(number, op=dist.ReduceOp.MAX)
+        return int(number)
+
+    def _receive(self, number: int, frame) -> None:
+        self.received = number
+        for each, handler in self._previous.items():
+            signal.signal(each, handler)
