@@ -1,0 +1,26 @@
+"""The package; lower bounds only, so that a container's own torch and Megatron-Core stay."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron_scalebio",
+    version="0.1.0",
+    description="Learn how much each fine-tuning source should count, and train the model, at once.",
+    python_requires=">=3.12",
+    packages=[*find_packages(include=["megatron_scalebio", "megatron_scalebio.*"]), "megatron_scalebio.kernels"],
+    # The kernels stand beside the package in the repository and inside it when imported.
+    package_dir={"megatron_scalebio": "megatron_scalebio", "megatron_scalebio.kernels": "kernels"},
+    install_requires=[
+        "torch>=2.11",
+        "megatron-core>=0.19",
+        "numpy>=1.26",
+        "transformers>=4.57",
+        "safetensors>=0.4",
+        "omegaconf>=2.3",
+        "rich>=13",
+        "jinja2>=3.1",
+        "sentencepiece>=0.2",
+        "psutil>=5.9",  # megatron-core saves checkpoints with it and does not declare it
+    ],
+    extras_require={"gpu": ["transformer-engine[pytorch]>=2.9"], "test": ["pytest>=8", "ruff>=0.9"]},
+)
