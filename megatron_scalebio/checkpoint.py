@@ -23,7 +23,7 @@ from megatron_scalebio.config import Config, UserError, config_sha256
 class Checkpointable(Protocol):
     """What a checkpoint needs of the models; see `mcore.host.MegatronModels`."""
 
-    def state(self) -> dict: ...
+    def state(self) -> dict: ...  # every rank calls it
 
     def sharded_tensors(self) -> dict[str, ShardedTensor]: ...
 
@@ -43,8 +43,13 @@ def newest_checkpoint(config: Config) -> Path | None:
     return folder / f"step_{max(steps)}" if steps else None
 
 
-def save_checkpoint(config: Config, step: int, dataset_fingerprint: str, source_weights: dict, models: Checkpointable):
-    """Write the state after `step`; every rank takes part. A checkpoint of that step that exists is left as it is."""
+def save_checkpoint(
+    config: Config, step: int, dataset_fingerprint: str, run_state: dict, models: Checkpointable
+) -> None:
+    """Write the state after `step`; every rank takes part. A checkpoint of that step that exists is left as it is.
+
+    `run_state` is what else the run needs to go on, as JSON keeps it: it comes back under its keys in `read_state`.
+    """
     final = checkpoint_dir(config, step)
     if final.exists():
         return
@@ -54,14 +59,15 @@ def save_checkpoint(config: Config, step: int, dataset_fingerprint: str, source_
         partial.mkdir(parents=True)
     dist.barrier()
     dist_checkpointing.save(models.sharded_tensors(), str(partial), verify_integrity=True)
+    models_state = models.state()
     if dist.get_rank() == 0:
         content = {
+            **run_state,
             "step": step,
             "config_sha256": config_sha256(config),
             "dataset_fingerprint": dataset_fingerprint,
             "layout": _layout(config),
-            "source_weights": source_weights,
-            "models": models.state(),
+            "models": models_state,
         }
         (partial / "state.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         os.rename(partial, final)
@@ -92,7 +98,7 @@ def read_state(path: Path, config: Config, dataset_fingerprint: str) -> dict:
 
 
 def load_models(path: Path, state: dict, models: Checkpointable) -> None:
-    """Load both models' tensors. The active layers of the checkpoint's step must have been drawn.
+    """Load both models' tensors. The layers that were active at the save must be active.
 
     Raises: UserError if the files are damaged.
     """

@@ -59,7 +59,8 @@ class Trainer:
                     batch, result = self.take_step()
                 except NonFiniteLoss as error:
                     self._report_non_finite(error)
-                    self.save()
+                    if self.step:
+                        self.save()
                     return 1
                 last = self.step == num_steps
                 record = self.record(batch, result)
@@ -77,7 +78,7 @@ class Trainer:
     def take_step(self) -> tuple[StepBatch, StepResult]:
         """One step of both models and the logits, on the step's own examples and active layers."""
         step = self.step + 1
-        self._redraw(step)
+        self._redraw(self._draw(step))
         batch = self.sampler.step(step)
         result = self.bilevel.step(self.models, step, batch, self.active_layers)
         self.step = step
@@ -92,9 +93,8 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of the state after the last step taken."""
-        save_checkpoint(
-            self.config, self.step, self.dataset.fingerprint, self.source_weights.state_dict(), self.models
-        )
+        run_state = {"source_weights": self.source_weights.state_dict(), "active_layers": self.active_layers}
+        save_checkpoint(self.config, self.step, self.dataset.fingerprint, run_state, self.models)
 
     def record(self, batch: StepBatch, result: StepResult) -> dict:
         """One step's record: the keys of metrics.jsonl, with numbers per source by the sources' names."""
@@ -129,24 +129,26 @@ class Trainer:
             "num_loss_tokens": sum(batch.num_loss_tokens) + batch.num_validation_loss_tokens,
         }
 
-    def _redraw(self, step: int) -> None:
+    def _draw(self, step: int) -> dict[Role, list[int]]:
         shape, lisa, seed = self.config.model.shape, self.config.lisa, self.config.run.seed
-        drawn = draw_active_layers(lisa, shape.num_layers, seed, period_of(step, lisa))
+        return draw_active_layers(lisa, shape.num_layers, seed, period_of(step, lisa))
+
+    def _redraw(self, drawn: dict[Role, list[int]]) -> None:
         if drawn != self.active_layers:
             self.active_layers = drawn
             self.models.redraw(drawn)
 
     def _resume(self, checkpoint: Path) -> None:
         state = read_state(checkpoint, self.config, self.dataset.fingerprint)
-        self._redraw(state["step"])
+        self._redraw({Role(role): layers for role, layers in state["active_layers"].items()})
         load_models(checkpoint, state, self.models)
         self.source_weights.load_state_dict(state["source_weights"])
         self.step = state["step"]
 
     def _report_non_finite(self, error: NonFiniteLoss) -> None:
         if self.groups.rank == 0:
-            names = [*self.dataset.source_names]
-            print(f"error: {error.describe(names, self.step + 1)}", file=sys.stderr, flush=True)
+            message = error.describe(self.dataset.source_names, self.step + 1)
+            print(f"error: {message}", file=sys.stderr, flush=True)
 
 
 def make_source_weights(config: Config, source_names: list[str]) -> SourceWeights:

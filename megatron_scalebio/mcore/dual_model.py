@@ -53,6 +53,7 @@ class DualModel(torch.nn.Module):
         upper = models[Role.UPPER]
         self.config, self.model_type = upper.config, upper.model_type
         self.groups, self.vocab_size, self.device, self.te = groups, vocab_size, device, te
+        self.attention = attention_class(device, upper.config.params_dtype)
         self._input_tensor = None
 
     def set_input_tensor(self, input_tensor: list[Tensor]) -> None:
@@ -66,7 +67,7 @@ class DualModel(torch.nn.Module):
         return model(
             input_ids=micro_batch.tokens.unsqueeze(0),
             position_ids=None,
-            attention_mask=None if self.te else attention_class(self.device).prepare(micro_batch),
+            attention_mask=None if self.te else self.attention.prepare(micro_batch),
             packed_seq_params=_packed_for_te(micro_batch) if self.te else None,
             output_processor=self._loss if self.groups.is_last_stage else None,
             output_processor_context=task,

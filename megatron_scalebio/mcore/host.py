@@ -67,7 +67,20 @@ class MegatronModels:
         return self.active_sets[role].step(lr, max_norm)
 
     def state(self) -> dict:
-        """What a checkpoint must know before tensors are loaded: which blocks are still shared, and Adam's counts."""
+        """What a checkpoint must know before tensors are loaded: which blocks are still shared, which have a master on
+        the host, and Adam's counts. Of all stages, equal on every rank; every rank must call it."""
+        stages: list = [None] * self.groups.num_stages
+        dist.all_gather_object(stages, self._stage_state(), group=self.groups.pipeline)
+        return {
+            "shared": [name for stage in stages for name in stage["shared"]],
+            "host_masters": [entry for stage in stages for entry in stage["host_masters"]],
+            "num_updates": {
+                role: {name: count for stage in stages for name, count in stage["num_updates"][role].items()}
+                for role in stages[0]["num_updates"]
+            },
+        }
+
+    def _stage_state(self) -> dict:
         return {
             "shared": [name for name in self.store.blocks[Role.UPPER] if self.store.is_shared(name)],
             "host_masters": [[role.value, name] for role, name in self.store.masters],

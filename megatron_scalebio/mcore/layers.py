@@ -6,6 +6,7 @@ positions run on over the whole sequence, which changes nothing, since rotary at
 Shapes: T tokens of a micro-batch, B rows of S tokens, h query heads and g query groups of this rank, d head size.
 """
 
+import inspect
 from functools import partial
 
 import torch
@@ -57,7 +58,7 @@ class _CoreAttention(torch.nn.Module):
 
 
 class SdpaAttention(_CoreAttention):
-    """For the CPU: torch's scaled_dot_product_attention with a block-diagonal causal mask per row."""
+    """For the CPU, and for fp32 and fp64: torch's scaled_dot_product_attention with a block-diagonal causal mask."""
 
     @staticmethod
     def prepare(micro_batch: MicroBatch) -> Tensor:
@@ -75,7 +76,15 @@ class SdpaAttention(_CoreAttention):
 
 
 class VarlenAttention(_CoreAttention):
-    """For CUDA: torch's variable-length flash attention over the packed examples."""
+    """For bf16 on CUDA: torch's variable-length flash attention over the packed examples."""
+
+    def __init__(self, row_length: int, **_):
+        super().__init__(row_length)
+        from torch.nn.attention.varlen import varlen_attn
+
+        # From torch 2.12 on fewer key than query heads must be allowed explicitly; before, they simply may be fewer.
+        grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+        self.attention = partial(varlen_attn, window_size=(-1, 0), **grouped)
 
     @staticmethod
     def prepare(micro_batch: MicroBatch) -> Tensor:
@@ -83,15 +92,13 @@ class VarlenAttention(_CoreAttention):
         return micro_batch.cu_seqlens
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, ends: Tensor) -> Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
         longest = self.row_length  # an upper bound known on the host: no synchronisation
-        return varlen_attn(query, key, value, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=True)
+        return self.attention(query, key, value, ends, ends, longest, longest)
 
 
-def attention_class(device: torch.device) -> type[SdpaAttention] | type[VarlenAttention]:
-    """The native core attention of a device."""
-    return VarlenAttention if device.type == "cuda" else SdpaAttention
+def attention_class(device: torch.device, dtype: torch.dtype) -> type[SdpaAttention] | type[VarlenAttention]:
+    """The native core attention for a device and compute dtype."""
+    return VarlenAttention if device.type == "cuda" and dtype == torch.bfloat16 else SdpaAttention
 
 
 def native_block_spec(config: TransformerConfig, device: torch.device, row_length: int) -> TransformerBlockSubmodules:
@@ -99,5 +106,7 @@ def native_block_spec(config: TransformerConfig, device: torch.device, row_lengt
     layer: ModuleSpec = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
-    layer.submodules.self_attention.submodules.core_attention = partial(attention_class(device), row_length=row_length)
+    layer.submodules.self_attention.submodules.core_attention = partial(
+        attention_class(device, config.params_dtype), row_length=row_length
+    )
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)

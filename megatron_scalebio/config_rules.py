@@ -1,0 +1,226 @@
+"""Every rule a configuration must obey that needs neither a GPU nor the data; see `check_config`."""
+
+import importlib.util
+import math
+from typing import Any
+
+from megatron_scalebio.config import Config, UserError, flatten, nearest
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "model.family": ("qwen2",),
+    "model.implementation": ("auto", "native", "te"),
+    "data.over_length": ("truncate", "drop", "error"),
+    "data.sampling": ("stratified", "natural"),
+    "bilevel.mode": ("bilevel", "fixed"),
+    "bilevel.train_loss_unit": ("example", "token"),
+    "bilevel.validation_loss_unit": ("token", "example"),
+    "bilevel.logits_optimizer": ("adamw", "exponentiated_gradient", "sgd"),
+    "bilevel.logits_schedule": ("constant", "cosine"),
+    "lisa.pairing": ("shared", "independent"),
+    "optimizer.schedule": ("cosine", "constant"),
+    "precision.compute": ("fp64", "fp32", "bf16"),
+    "precision.frozen_weights": (None,),
+    "run.resume": ("never", "auto"),
+    "run.device": ("auto", "cpu", "cuda"),
+}
+
+# Part of the design, not of this version: refused by name, so that nobody takes them for a typing error.
+UNAVAILABLE: dict[str, tuple[str, ...]] = {
+    "model.family": ("llama3", "gemma2"),
+    "precision.compute": ("fp8",),
+    "precision.frozen_weights": ("fp8",),
+}
+
+# Smallest allowed value; None is allowed where the field's default is None or its comment gives None a meaning.
+AT_LEAST: dict[str, int] = {
+    **dict.fromkeys(
+        (
+            "model.shape.num_layers",
+            "model.shape.hidden_size",
+            "model.shape.ffn_hidden_size",
+            "model.shape.num_attention_heads",
+            "model.shape.num_query_groups",
+            "model.shape.vocab_size",
+            "data.micro_batch_size",
+            "bilevel.steps",
+            "bilevel.global_batch_size",
+            "bilevel.validation_batch_size",
+            "lisa.num_active_layers",
+            "lisa.period",
+            "parallel.tensor",
+            "parallel.pipeline",
+        ),
+        1,
+    ),
+    "data.max_length": 2,
+    "run.save_every": 0,
+    "run.eval_every": 0,
+    "run.seed": 0,
+}
+
+POSITIVE = (
+    "model.shape.rope_base",
+    "model.shape.norm_epsilon",
+    "bilevel.penalty_alpha",
+    "bilevel.penalty_growth",
+    "optimizer.clip_grad",
+    "optimizer.eps",
+)
+
+NOT_NEGATIVE = (
+    "bilevel.logits_lr",
+    "bilevel.logits_weight_decay",
+    "bilevel.floor",
+    "optimizer.lr",
+    "optimizer.lr_lower",
+    "optimizer.weight_decay",
+    "optimizer.warmup",
+)
+
+
+def check_config(config: Config, world_size: int, vocab_size: int | None) -> None:
+    """Checks `config` for `world_size` ranks and, where given, a tokenizer of `vocab_size` ids.
+
+    Raises:
+        UserError: every rule that is broken, each on its line with the values and the keys to change.
+    """
+    problems = _values(config)
+    if not problems:  # the rules below divide by these values
+        problems = [*_shape(config, vocab_size), *_layout(config, world_size), *_sources(config), *_installed(config)]
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _values(config: Config) -> list[str]:
+    """Each setting by itself: choices and ranges."""
+    flat = flatten(config)
+    problems = []
+    for key, allowed in CHOICES.items():
+        value = flat[key]
+        if value in UNAVAILABLE.get(key, ()):
+            problems.append(f"{key}={value} is not available in this version; use {' or '.join(map(_text, allowed))}")
+        elif value not in allowed:
+            words = [_text(choice) for choice in allowed]
+            problems.append(f"{key}={value}: must be one of {', '.join(words)} (nearest: {nearest(str(value), words)})")
+    if config.model.hf_path is not None:
+        problems.append("model.hf_path: Hugging Face checkpoints are not available in this version; set model.shape")
+    if config.parallel.virtual_pipeline is not None:
+        problems.append("parallel.virtual_pipeline: virtual stages are not supported; remove it")
+    for key, smallest in AT_LEAST.items():
+        if flat[key] is not None and flat[key] < smallest:
+            problems.append(f"{key}={flat[key]}: must be at least {smallest}")
+    for key in POSITIVE:
+        if flat[key] is not None and not (0 < flat[key] < math.inf):
+            problems.append(f"{key}={flat[key]}: must be positive and finite")
+    for key in NOT_NEGATIVE:
+        if flat[key] is not None and not (0 <= flat[key] < math.inf):
+            problems.append(f"{key}={flat[key]}: must be zero or more, and finite")
+    if config.optimizer.warmup >= 1:
+        problems.append(f"optimizer.warmup={config.optimizer.warmup}: is a share of bilevel.steps, below 1")
+    betas = config.optimizer.betas
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        problems.append(f"optimizer.betas={betas}: must be two numbers from 0 up to, not including, 1")
+    return problems
+
+
+def _shape(config: Config, vocab_size: int | None) -> list[str]:
+    shape, lisa, problems = config.model.shape, config.lisa, []
+    hidden, heads, groups = shape.hidden_size, shape.num_attention_heads, shape.num_query_groups
+    if hidden % heads:
+        problems.append(f"model.shape.hidden_size={hidden} must be a multiple of num_attention_heads={heads}")
+    elif (hidden // heads) % 2:
+        problems.append(
+            f"model.shape.hidden_size={hidden} over num_attention_heads={heads} gives heads of {hidden // heads};"
+            " rotary embeddings need an even size"
+        )
+    if heads % groups:
+        problems.append(f"model.shape.num_attention_heads={heads} must be a multiple of num_query_groups={groups}")
+    if lisa.enabled and lisa.num_active_layers > shape.num_layers:
+        problems.append(
+            f"lisa.num_active_layers={lisa.num_active_layers} must be at most model.shape.num_layers={shape.num_layers}"
+        )
+    if None not in (shape.vocab_size, vocab_size) and shape.vocab_size < vocab_size:
+        problems.append(
+            f"model.shape.vocab_size={shape.vocab_size} is smaller than the {vocab_size} ids of"
+            f" data.tokenizer={config.data.tokenizer}"
+        )
+    return problems
+
+
+def _layout(config: Config, world_size: int) -> list[str]:
+    shape, parallel, problems = config.model.shape, config.parallel, []
+    tensor, pipeline = parallel.tensor, parallel.pipeline
+    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        if getattr(shape, name) % tensor:
+            problems.append(f"parallel.tensor={tensor} must divide model.shape.{name}={getattr(shape, name)}")
+    if 128 % tensor:
+        problems.append(f"parallel.tensor={tensor} must divide 128, the multiple that the vocabulary is padded to")
+    if shape.num_layers % pipeline:
+        problems.append(f"parallel.pipeline={pipeline} must divide model.shape.num_layers={shape.num_layers}")
+    if world_size % (tensor * pipeline):
+        problems.append(
+            f"parallel.tensor={tensor} times parallel.pipeline={pipeline} must divide the number of ranks, {world_size}"
+        )
+    if parallel.sequence:
+        positions = config.data.micro_batch_size * config.data.max_length
+        if tensor == 1:
+            problems.append("parallel.sequence=true needs parallel.tensor above 1")
+        if positions % tensor:
+            problems.append(
+                f"parallel.sequence=true: data.micro_batch_size * data.max_length = {positions} must be a multiple of"
+                f" parallel.tensor={tensor}"
+            )
+    return problems
+
+
+def _sources(config: Config) -> list[str]:
+    data, bilevel, problems = config.data, config.bilevel, []
+    names = [source.name for source in data.sources]
+    if not names:
+        problems.append("data.sources is empty: name at least one {name, path}")
+    problems += [f"data.sources[{index}]: the name is empty" for index, name in enumerate(names) if not name.strip()]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        problems.append(f"data.sources: {names.count(name)} sources are called {name!r}; names must differ")
+    if bilevel.mode == "bilevel" and data.validation is None:
+        problems.append("data.validation is not set: bilevel.mode=bilevel learns the weights from it")
+    if bilevel.floor * len(names) > 1:
+        problems.append(f"bilevel.floor={bilevel.floor} times {len(names)} sources is more than 1")
+    if data.sampling == "stratified" and len(names) > bilevel.global_batch_size:
+        problems.append(
+            f"data.sampling=stratified needs an example of each of {len(names)} sources in every batch:"
+            f" raise bilevel.global_batch_size={bilevel.global_batch_size}"
+        )
+    for key in ("weights", "prior"):
+        mapping = getattr(bilevel, key)
+        if mapping is not None:
+            problems += _mapping(f"bilevel.{key}", mapping, names)
+    return problems
+
+
+def _mapping(key: str, mapping: Any, names: list[str]) -> list[str]:
+    """`mapping` must give each source, and nothing else, a positive number."""
+    if not isinstance(mapping, dict):
+        return [f"{key}={mapping!r}: must be a mapping from every source's name to a number"]
+    missing = [name for name in names if name not in mapping]
+    surplus = [name for name in mapping if name not in names]
+    problems = [f"{key}: no value for source {', '.join(missing)}"] if missing else []
+    if surplus:
+        problems.append(f"{key}: {', '.join(map(str, surplus))} is no source; they are {', '.join(names)}")
+    for name, value in mapping.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not (0 < value < math.inf):
+            problems.append(f"{key}: {name}={value} must be a positive, finite number")
+    return problems
+
+
+def _installed(config: Config) -> list[str]:
+    problems = []
+    if config.precision.compute == "fp64" and config.run.device == "cuda":
+        problems.append("precision.compute=fp64 is for parity on the CPU: set run.device=cpu")
+    if config.model.implementation == "te" and importlib.util.find_spec("transformer_engine") is None:
+        problems.append("model.implementation=te needs Transformer Engine, which is not installed; use native or auto")
+    return problems
+
+
+def _text(choice: Any) -> str:
+    return "null" if choice is None else str(choice)

@@ -1,0 +1,277 @@
+"""Settings: precedence, paths, one message for every mistake, and the rules that need neither GPU nor data."""
+
+import hashlib
+import json
+
+import pytest
+
+from megatron_scalebio.config import (
+    PRESETS,
+    Config,
+    UserError,
+    changed_from_preset,
+    config_sha256,
+    flatten,
+    load_config,
+    padded_vocab_size,
+)
+from megatron_scalebio.config_rules import AT_LEAST, CHOICES, NOT_NEGATIVE, POSITIVE, check_config
+
+VALID = """
+data:
+  sources: [{name: clean, path: train/clean.jsonl}, {name: noisy, path: /elsewhere/noisy.jsonl}]
+  validation: val.jsonl
+"""
+
+
+@pytest.fixture
+def load(tmp_path):
+    """load(*overrides, yaml=...): the configuration of a file in its own folder."""
+
+    def load(*overrides: str, yaml: str = VALID) -> Config:
+        (tmp_path / "run.yaml").write_text(yaml)
+        return load_config(str(tmp_path / "run.yaml"), list(overrides))
+
+    return load
+
+
+def refusal(call, *arguments, **keywords) -> str:
+    with pytest.raises(UserError) as error:
+        call(*arguments, **keywords)
+    return str(error.value)
+
+
+def check(config: Config, world_size: int = 1, vocab_size: int | None = 258) -> None:
+    check_config(config, world_size, vocab_size)
+
+
+def test_command_line_beats_file_beats_preset_beats_defaults(load):
+    yaml = VALID + "bilevel: {preset: paper, logits_lr: 0.5, penalty_alpha: 7, steps: 9}\n"
+    bilevel = load("bilevel.penalty_alpha=3", yaml=yaml).bilevel
+    assert bilevel.penalty_alpha == 3.0  # command line
+    assert bilevel.logits_lr == 0.5  # file
+    assert bilevel.logits_schedule == "cosine"  # preset
+    assert bilevel.global_batch_size == 128  # default
+
+
+def test_preset_of_the_command_line_does_not_override_the_file(load):
+    config = load("bilevel.preset=paper", yaml=VALID + "lisa: {pairing: shared}\n")
+    assert (config.lisa.pairing, config.bilevel.penalty_alpha) == ("shared", 100.0)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset_fills_every_field_left_to_it(load, preset):
+    flat = flatten(load(f"bilevel.preset={preset}"))
+    assert {key: flat[key] for key in PRESETS[preset]} == PRESETS[preset]
+    assert PRESETS[preset].keys() == PRESETS["default"].keys()
+
+
+def test_null_leaves_a_field_to_the_preset(load):
+    assert load("bilevel.penalty_alpha=null").bilevel.penalty_alpha == PRESETS["default"]["bilevel.penalty_alpha"]
+
+
+def test_paths_of_a_file_are_relative_to_it(load, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    config = load(yaml=VALID + "  tokenizer: tok\n  template: alpaca\nrun: {output_dir: out}\n")
+    assert [source.path for source in config.data.sources] == [
+        str(tmp_path / "train" / "clean.jsonl"),
+        "/elsewhere/noisy.jsonl",
+    ]
+    assert config.data.validation == str(tmp_path / "val.jsonl")
+    assert config.data.tokenizer == str(tmp_path / "tok")
+    assert config.data.template == "alpaca"  # a word, no path
+    assert config.run.output_dir == str(tmp_path / "elsewhere" / "out")
+
+
+def test_paths_of_the_command_line_are_relative_to_the_working_directory(load, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    config = load("data.validation=v.jsonl", "data.sources=[{name: a, path: a.jsonl}]", "data.template=t.jinja")
+    assert config.data.validation == str(tmp_path / "elsewhere" / "v.jsonl")
+    assert [source.path for source in config.data.sources] == [str(tmp_path / "elsewhere" / "a.jsonl")]
+    assert config.data.template == str(tmp_path / "elsewhere" / "t.jinja")
+
+
+def test_environment_variables_may_stand_in_a_file(load, monkeypatch):
+    yaml = "data: {validation: '${oc.env:SOME_FOLDER}/val.jsonl'}\n"
+    monkeypatch.setenv("SOME_FOLDER", "/there")
+    assert load(yaml=yaml).data.validation == "/there/val.jsonl"
+    monkeypatch.delenv("SOME_FOLDER")
+    assert "SOME_FOLDER" in refusal(load, yaml=yaml)
+
+
+@pytest.mark.parametrize(
+    "override, known",
+    [
+        ("steps=3", "bilevel.steps"),
+        ("bilevel.alpha=3", "bilevel.penalty_alpha"),
+        ("optimiser=3", "optimizer"),
+        ("lisa.num_active_layer=3", "lisa.num_active_layers"),
+        ("run.ouput_dir=x", "run.output_dir"),
+    ],
+)
+def test_unknown_key_is_refused_with_the_nearest_and_its_place(load, override, known):
+    key, _, value = override.partition("=")
+    assert refusal(load, override) == f"command line: unknown setting {key} (nearest: {known})"
+    section, _, name = key.rpartition(".")
+    in_file = f"{section}: {{{name}: {value}}}\n" if section else f"{name}: {value}\n"
+    message = refusal(load, yaml=in_file)
+    assert "run.yaml: unknown setting" in message
+
+
+def test_unknown_key_of_a_source_is_refused(load):
+    message = refusal(load, "data.sources=[{name: a, pth: b}]")
+    assert "unknown setting data.sources[0].pth (nearest: path)" in message
+
+
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        ("bilevel.steps=many", 'bilevel.steps must be an integer, got "many"'),
+        ("bilevel.steps=1.5", "bilevel.steps must be an integer, got 1.5"),
+        ("bilevel.steps=null", "bilevel.steps must be an integer, got null"),
+        ("bilevel.penalty_alpha=high", 'bilevel.penalty_alpha must be a number or null, got "high"'),
+        ("data.packing=3.5", "data.packing must be true or false, got 3.5"),
+        ("optimizer.betas=[a]", 'optimizer.betas must be a list of numbers, got ["a"]'),
+        ("data.sources=clean.jsonl", 'data.sources must be a list of {name, path}, got "clean.jsonl"'),
+        ("data.sources=[{path: a}]", 'data.sources[0] has no name: {"path": '),
+        ("model=qwen2", 'model is a section with family, hf_path, shape, implementation; got "qwen2"'),
+        ("--fast", "expected section.key=value, got '--fast'"),
+    ],
+)
+def test_wrong_type_is_refused_with_key_value_and_expectation(load, override, expected):
+    message = refusal(load, override)
+    assert message.startswith("command line: " + expected)
+    assert "\n" not in message
+
+
+def test_several_mistakes_are_told_at_once(load):
+    assert len(refusal(load, "bilevel.stepz=1", "bilevel.steps=x", "bilevel.floor=y").splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    "yaml, expected", [("a: [1", "run.yaml:"), ("a: 1\na: 2\n", "run.yaml:2"), ("- a\n", "run.yaml: expected sections")]
+)
+def test_malformed_file_is_refused_with_its_place(load, yaml, expected):
+    assert expected in refusal(load, yaml=yaml)
+
+
+def test_missing_file_is_refused_by_name(tmp_path):
+    assert refusal(load_config, str(tmp_path / "no.yaml"), []).startswith(f"configuration file {tmp_path}/no.yaml:")
+
+
+def test_weights_json_becomes_a_mapping(load, tmp_path):
+    (tmp_path / "weights.json").write_text(json.dumps({"step": 3, "weights": {"clean": 0.75, "noisy": 0.25}}))
+    config = load(yaml=VALID + "bilevel: {mode: fixed, weights: weights.json}\n")
+    assert config.bilevel.weights == {"clean": 0.75, "noisy": 0.25}
+    check(config)
+    (tmp_path / "weights.json").write_text("[1]")
+    assert "weights.json: expected" in refusal(load, yaml=VALID + "bilevel: {weights: weights.json}\n")
+    assert "no.json: No such file" in refusal(load, yaml=VALID + "bilevel: {weights: no.json}\n")
+
+
+def test_mapping_of_the_command_line_replaces_the_file_s(load):
+    config = load("bilevel.weights={clean: 2}", yaml=VALID + "bilevel: {weights: {clean: 1, noisy: 3}}\n")
+    assert config.bilevel.weights == {"clean": 2}
+
+
+def test_changes_from_the_preset_are_exactly_what_was_changed(load):
+    assert changed_from_preset(load()) == {}
+    changes = changed_from_preset(load("bilevel.preset=paper", "bilevel.penalty_alpha=10", "optimizer.lr=1e-3"))
+    assert changes == {"bilevel.penalty_alpha": (100.0, 10.0), "optimizer.lr": (2e-6, 1e-3)}
+
+
+def test_hash_ignores_run_but_for_its_seed(load):
+    same = [load(), load("run.output_dir=/other", "run.resume=auto", "run.save_every=3", "run.device=cpu")]
+    other = [load("run.seed=2"), load("optimizer.lr=1e-3"), load("data.validation=/other.jsonl")]
+    assert len({config_sha256(config) for config in same}) == 1
+    assert len({config_sha256(config) for config in [*same, *other]}) == 4
+    assert len(config_sha256(same[0])) == len(hashlib.sha256().hexdigest())
+
+
+def test_a_good_configuration_passes(load):
+    check(load())
+    check(load("parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"), world_size=8)
+
+
+@pytest.mark.parametrize(
+    "overrides, rule",
+    [
+        ("model.shape.hidden_size=130", "hidden_size=130 must be a multiple of num_attention_heads=4"),
+        ("model.shape.hidden_size=12", "gives heads of 3; rotary embeddings need an even size"),
+        ("model.shape.num_query_groups=3", "num_attention_heads=4 must be a multiple of num_query_groups=3"),
+        ("lisa.num_active_layers=5", "lisa.num_active_layers=5 must be at most model.shape.num_layers=4"),
+        ("model.shape.vocab_size=200", "vocab_size=200 is smaller than the 258 ids of data.tokenizer=bytes"),
+        ("parallel.tensor=4", "parallel.tensor=4 must divide model.shape.num_query_groups=2"),
+        ("parallel.tensor=4", "parallel.tensor=4 times parallel.pipeline=1 must divide the number of ranks, 2"),
+        ("parallel.tensor=3", "parallel.tensor=3 must divide 128"),
+        ("parallel.pipeline=3", "parallel.pipeline=3 must divide model.shape.num_layers=4"),
+        ("model.shape.ffn_hidden_size=385 parallel.tensor=2", "must divide model.shape.ffn_hidden_size=385"),
+        ("parallel.virtual_pipeline=2", "virtual stages are not supported"),
+        ("parallel.sequence=true", "parallel.sequence=true needs parallel.tensor above 1"),
+        ("parallel.sequence=true parallel.tensor=2 data.max_length=33", "= 33 must be a multiple of parallel.tensor=2"),
+        ("bilevel.floor=0.6", "bilevel.floor=0.6 times 2 sources is more than 1"),
+        ("bilevel.weights={clean:1}", "bilevel.weights: no value for source noisy"),
+        ("bilevel.prior={clean:1,noisy:1,x:1}", "bilevel.prior: x is no source"),
+        ("bilevel.prior={clean:1,noisy:0}", "bilevel.prior: noisy=0 must be a positive, finite number"),
+        ("bilevel.prior={clean:1,noisy:.inf}", "bilevel.prior: noisy=inf must be a positive, finite number"),
+        ("bilevel.prior={clean:1,noisy:[1]}", "bilevel.prior: noisy=[1] must be a positive, finite number"),
+        ("bilevel.prior=[1]", "bilevel.prior=[1]: must be a mapping"),
+        ("data.sources=[]", "data.sources is empty"),
+        ("data.sources=[{name:a,path:b},{name:a,path:c}]", "2 sources are called 'a'; names must differ"),
+        ("data.sources=[{name:'',path:b}]", "data.sources[0]: the name is empty"),
+        ("data.validation=null", "data.validation is not set"),
+        ("bilevel.global_batch_size=1", "raise bilevel.global_batch_size=1"),
+        ("model.family=llama3", "model.family=llama3 is not available in this version; use qwen2"),
+        ("model.hf_path=/x", "model.hf_path: Hugging Face checkpoints are not available"),
+        ("precision.compute=fp8", "precision.compute=fp8 is not available in this version"),
+        ("precision.frozen_weights=fp8", "precision.frozen_weights=fp8 is not available in this version; use null"),
+        ("precision.compute=fp64 run.device=cuda", "precision.compute=fp64 is for parity on the CPU"),
+        ("optimizer.betas=[0.9]", "optimizer.betas=[0.9]: must be two numbers"),
+        ("optimizer.betas=[0.9,1.0]", "optimizer.betas=[0.9, 1.0]: must be two numbers"),
+        ("optimizer.warmup=1", "optimizer.warmup=1.0: is a share of bilevel.steps"),
+        ("data.max_length=1", "data.max_length=1: must be at least 2"),
+    ],
+)
+def test_a_broken_rule_is_named_with_its_values(load, overrides, rule):
+    config = load(*(override.replace(":", ": ") for override in overrides.split()))
+    assert rule in refusal(check, config, world_size=2)
+
+
+@pytest.mark.parametrize("key", CHOICES)
+def test_a_word_that_is_no_choice_is_refused_with_the_nearest(load, key):
+    allowed = [str(choice) for choice in CHOICES[key] if choice is not None]
+    near = allowed[-1] if allowed else "null"
+    message = refusal(check, load(f"{key}={near}x"))
+    assert message == f"{key}={near}x: must be one of {', '.join(allowed or ['null'])} (nearest: {near})"
+
+
+@pytest.mark.parametrize("key, value", [(key, least - 1) for key, least in AT_LEAST.items()])
+def test_a_number_below_its_least_is_refused(load, key, value):
+    assert f"{key}={value}: must be at least {value + 1}" in refusal(check, load(f"{key}={value}"))
+
+
+@pytest.mark.parametrize("key", POSITIVE + NOT_NEGATIVE)
+@pytest.mark.parametrize("value", ["-1.0", ".nan", ".inf"])
+def test_a_rate_that_is_negative_or_not_finite_is_refused(load, key, value):
+    assert f"{key}=" in refusal(check, load(f"{key}={value}"))
+
+
+@pytest.mark.parametrize("key", POSITIVE)
+def test_zero_is_refused_where_it_means_nothing(load, key):
+    assert f"{key}=0.0: must be positive" in refusal(check, load(f"{key}=0"))
+
+
+def test_transformer_engine_must_be_there_when_asked_for(load, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "needs Transformer Engine" in refusal(check, load("model.implementation=te"))
+
+
+def test_fixed_mode_needs_no_validation(load):
+    check(load("bilevel.mode=fixed", "data.validation=null"))
+
+
+@pytest.mark.parametrize("vocab_size, padded", [(1, 128), (128, 128), (258, 384), (151_646, 151_680)])
+def test_vocabulary_is_padded_to_the_next_multiple_of_128(vocab_size, padded):
+    assert padded_vocab_size(vocab_size) == padded

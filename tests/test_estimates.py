@@ -1,0 +1,101 @@
+"""Parameters and bytes by arithmetic equal what is published, and what the running host holds."""
+
+import pytest
+import torch
+
+from megatron_scalebio.active_layers import Role, draw_active_layers
+from megatron_scalebio.config import Config, ShapeConfig, load_config
+from megatron_scalebio.estimates import layer_parameters, model_parameters, peak_rank_bytes, rank_bytes
+from megatron_scalebio.mcore.host import MegatronModels
+from megatron_scalebio.mcore.process_groups import start_process_groups
+from tests.distributed import run_distributed
+
+VOCAB_SIZE = 258
+
+
+@pytest.mark.parametrize(
+    "shape, vocab_size, parameters",
+    [
+        (ShapeConfig(24, 896, 4864, 14, 2, tied_embeddings=True), 151_936, 494_032_768),  # Qwen2.5-0.5B
+        (ShapeConfig(28, 3584, 18_944, 28, 4), 152_064, 7_615_616_512),  # Qwen2.5-7B
+        (ShapeConfig(64, 5120, 27_648, 40, 8), 152_064, 32_763_876_352),  # Qwen2.5-32B
+    ],
+)
+def test_parameters_equal_the_published_models(shape, vocab_size, parameters):
+    assert model_parameters(shape, vocab_size) == parameters
+
+
+def test_tensor_parallel_ranks_hold_a_layer_and_its_norms_again():
+    shape = ShapeConfig(24, 896, 4864, 14, 2)
+    assert 2 * layer_parameters(shape, tensor=2) == layer_parameters(shape) + 2 * shape.hidden_size
+
+
+def a_config(*overrides: str) -> Config:
+    return load_config(None, ["model.shape.num_layers=6", "model.shape.hidden_size=64", *overrides])
+
+
+def draws_of(config: Config, num_periods: int) -> list[dict[Role, list[int]]]:
+    shape = config.model.shape
+    return [draw_active_layers(config.lisa, shape.num_layers, config.run.seed, period) for period in range(num_periods)]
+
+
+def held_bytes(config: Config, num_periods: int) -> list[dict[str, int]]:
+    """Bytes that the host's stores hold on this rank after each redraw."""
+    torch.set_num_threads(1)
+    groups = start_process_groups(config.parallel, torch.device("cpu"))
+    models = MegatronModels(config, groups, torch.device("cpu"), VOCAB_SIZE)
+    found = []
+    for drawn in draws_of(config, num_periods):
+        models.redraw(drawn)
+        weights = models.store.num_bytes()
+        state = sum(block.num_bytes() for part in models.active_sets.values() for block in part.blocks.values())
+        found.append(
+            {
+                "weights": weights["shared"] + weights["own"],
+                "state": state,
+                "host masters": weights["host_masters"],
+                "stage": groups.stage,
+            }
+        )
+    return found
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["parallel.tensor=2", "precision.compute=fp32"],
+        ["parallel.pipeline=2", "precision.compute=bf16", "lisa.pairing=independent"],
+        ["parallel.pipeline=2", "model.shape.tied_embeddings=true", "precision.compute=fp32"],
+        ["precision.compute=bf16", "lisa.pairing=independent"],  # two data-parallel ranks
+        ["precision.compute=fp64", "lisa.enabled=false"],
+        ["bilevel.mode=fixed", "precision.compute=bf16"],
+    ],
+    ids=" ".join,
+)
+def test_bytes_equal_what_the_host_holds_after_every_draw(overrides):
+    config, num_periods = a_config(*overrides), 4
+    data_parallel = 2 // (config.parallel.tensor * config.parallel.pipeline)
+    roles = list(Role) if config.bilevel.mode == "bilevel" else [Role.UPPER]
+    for records in run_distributed(2, held_bytes, config, num_periods):
+        thawed = [set() for _ in roles]
+        for drawn, found in zip(draws_of(config, num_periods), records, strict=True):
+            active = [drawn[role] for role in roles]
+            thawed = [before | set(layers) for before, layers in zip(thawed, active, strict=True)]
+            parts = rank_bytes(config, VOCAB_SIZE, data_parallel, found["stage"], active, thawed)
+            assert parts["frozen weights"] + parts["active weights"] == found["weights"]
+            assert parts["gradients"] + parts["masters"] + parts["moments"] == found["state"]
+            assert parts["host masters"] == found["host masters"]
+
+
+def test_peak_is_the_fullest_stage_at_its_fullest():
+    config = a_config("parallel.pipeline=2", "lisa.pairing=independent")
+    draws = [[drawn[role] for role in Role] for drawn in draws_of(config, 5)]
+    stage, period, parts = peak_rank_bytes(config, VOCAB_SIZE, 1, draws)
+
+    def on_device(stage: int, period: int) -> int:
+        thawed = [set().union(*(draws[past][model] for past in range(period + 1))) for model in range(2)]
+        found = rank_bytes(config, VOCAB_SIZE, 1, stage, draws[period], thawed)
+        return sum(found.values()) - found["host masters"]
+
+    assert sum(parts.values()) - parts["host masters"] == on_device(stage, period)
+    assert on_device(stage, period) == max(on_device(stage, period) for stage in range(2) for period in range(5))

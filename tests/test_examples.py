@@ -1,0 +1,143 @@
+"""The scripts a newcomer runs: they find a Python that works, install once, run, and say what they miss."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_scalebio.config import load_config
+from megatron_scalebio.config_rules import check_config
+
+REPOSITORY = Path(__file__).parents[1]
+
+# Stands in for Python: notes what it is asked to install, and fails at it while FAILING names a word of the command.
+FAKE_PYTHON = """#!/bin/bash
+case "$1 $2" in
+    "--version ") echo "Python 3.12.99" ;;
+    "-c "*) exit 0 ;;
+    "-m venv") mkdir -p "$4/bin" && cp "$0" "$4/bin/python" ;;
+    "-m pip")
+        echo "${@:3}" >>"$LOG"
+        if [ -n "$FAILING" ] && [[ "$*" == *"$FAILING"* ]]; then exit 1; fi ;;
+esac
+"""
+
+
+@pytest.fixture
+def install(tmp_path):
+    """install(): sources install.sh in a small copy of the repository where only fake Pythons are to be found."""
+    for name in ("examples/install.sh", "requirements.txt", "setup.py"):
+        (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPOSITORY / name, tmp_path / "copy" / name)
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("bash", "cat", "cp", "dirname", "mkdir", "rm"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    log = tmp_path / "log"
+
+    def install(failing: str = "", **environment: str) -> tuple[subprocess.CompletedProcess, list[str]]:
+        log.write_text("")
+        script = f'set -euo pipefail; source "{tmp_path}/copy/examples/install.sh"; echo "$PYTHON"'
+        environment |= {"PATH": str(tools), "HOME": str(tmp_path), "LOG": str(log), "FAILING": failing}
+        command = [str(tools / "bash"), "-c", script]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        return result, log.read_text().splitlines()
+
+    install.tools, install.root = tools, tmp_path / "copy"
+    return install
+
+
+def put_program(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+def test_install_says_so_if_no_python_runs(install):
+    put_program(install.tools / "python3.12", "#!/bin/bash\necho 'shim: version not installed' >&2\nexit 127\n")
+    result, installed = install()
+    assert result.returncode == 2 and installed == []
+    assert result.stderr.startswith("error: no Python >= 3.12 that runs was found")
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("place", ["bin/python3.13", ".pyenv/versions/3.12.7/bin/python"])
+def test_install_passes_by_a_shim_that_fails(install, tmp_path, place):
+    put_program(install.tools / "python3.12", "#!/bin/bash\nexit 127\n")
+    put_program(tmp_path / place, FAKE_PYTHON)
+    result, installed = install()
+    assert result.returncode == 0
+    assert result.stdout.strip() == str(install.root / ".venv" / "bin" / "python")
+    assert [line.split()[-1] for line in installed] == [str(install.root / "requirements.txt"), str(install.root)]
+
+
+def test_install_is_done_once_until_something_changes(install):
+    put_program(install.tools / "python3.12", FAKE_PYTHON)
+    assert len(install()[1]) == 2
+    assert install()[1] == []
+    for name in ("requirements.txt", "setup.py"):
+        with open(install.root / name, "a") as file:
+            file.write("# changed\n")
+        assert len(install()[1]) == 2
+        assert install()[1] == []
+
+
+@pytest.mark.parametrize("failing", ["requirements.txt", "--editable"])
+def test_an_interrupted_install_is_not_taken_as_done(install, failing):
+    put_program(install.tools / "python3.12", FAKE_PYTHON)
+    assert install(failing)[0].returncode != 0
+    assert len(install()[1]) == 2
+    assert install()[1] == []
+
+
+def test_a_container_may_keep_its_own_python(install):
+    result, installed = install(NO_INSTALL="1", PYTHON="/opt/python")
+    assert (result.stdout.strip(), installed) == ("/opt/python", [])
+
+
+def test_ci_runs_the_tests_script():
+    ci = REPOSITORY / ".ci" / "run"
+    assert os.access(ci, os.X_OK)
+    assert "bash tests/run.sh" in ci.read_text()
+
+
+@pytest.mark.parametrize("example", ["quickstart", "gsm8k_kinds"])
+def test_settings_of_an_example_keep_the_rules(example, monkeypatch):
+    monkeypatch.setenv("DATA_DIR", "/data")
+    monkeypatch.setenv("TOKENIZER", "/tokenizer")
+    check_config(load_config(str(REPOSITORY / "examples" / f"{example}.yaml"), []), world_size=2, vocab_size=None)
+
+
+def run_example(name: str, folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"NO_INSTALL": "1", "PYTHON": sys.executable} | environment
+    command = ["bash", str(REPOSITORY / "examples" / f"{name}.sh"), *arguments]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+
+
+@pytest.mark.parametrize("missing", ["DATA_DIR", "TOKENIZER"])
+def test_gsm8k_kinds_says_which_folder_it_misses(tmp_path, missing):
+    environment = {"DATA_DIR": str(tmp_path), "TOKENIZER": str(tmp_path), missing: "absent"}
+    result = run_example("gsm8k_kinds", tmp_path, **environment)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith(f"error: {missing}=absent is not a folder") and result.stderr.count("\n") == 1
+
+
+def test_quickstart_trains_from_any_folder_and_leaves_its_outputs(tmp_path):
+    result = run_example("quickstart", tmp_path, "bilevel.steps=2", "run.output_dir=here", "lisa.period=1")
+    assert result.returncode == 0, result.stderr
+    weights = json.loads((tmp_path / "here" / "weights.json").read_text())
+    assert weights["step"] == 2 and list(weights["weights"])[0] == "clean"
+    assert abs(sum(weights["weights"].values()) - 1) < 1e-12
+    assert (tmp_path / "here" / "report.html").exists() and "report: " in result.stdout
+    assert "final weight" in result.stdout
+    assert "Traceback" not in result.stderr
+
+    again = run_example("quickstart", tmp_path, "bilevel.steps=2", "run.output_dir=here", "lisa.period=1")
+    assert again.returncode == 2
+    assert again.stderr.startswith("error: run.output_dir=") and again.stderr.count("\n") == 1

@@ -1,0 +1,199 @@
+"""metrics.jsonl, weights.json and the console: contracts of the outputs folder, also over a resume."""
+
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from megatron_scalebio.config import SourceConfig, UserError, config_sha256, load_config, write_config
+from megatron_scalebio.console import RunConsole, duration
+from megatron_scalebio.metrics import MetricsWriter, check_output_dir, read_metrics, weights_summary
+
+NUM_EXAMPLES = {"clean": 30, "noisy": 20}
+
+
+@pytest.fixture
+def config(tmp_path):
+    config = load_config(None, [f"run.output_dir={tmp_path / 'run'}", "bilevel.steps=8", "run.eval_every=20"])
+    config.data.sources = [SourceConfig(name, f"/data/{name}.jsonl") for name in NUM_EXAMPLES]
+    return config
+
+
+def a_record(step: int) -> dict:
+    clean = 0.5 + 0.05 * step
+    return {
+        "step": step,
+        "weights": {"clean": clean, "noisy": 1 - clean},
+        "logits": {"clean": 0.1 * step, "noisy": -0.1 * step},
+        "train_loss_lower": {"clean": 1.0, "noisy": 2.0},
+        "train_loss_upper": {"clean": 1.0, "noisy": 2.0},
+        "val_loss": 1.5,
+        "penalty_gap": 1e-3,
+        "step_seconds": 0.25,
+    }
+
+
+def write_steps(config, first: int, last: int, **changes) -> None:
+    with MetricsWriter(config, NUM_EXAMPLES, start_step=first - 1, is_main_rank=True) as metrics:
+        for step in range(first, last + 1):
+            metrics.record(a_record(step) | changes)
+
+
+def read(config, name: str) -> str:
+    return (Path(config.run.output_dir) / name).read_text()
+
+
+def test_weights_json_has_exactly_the_keys_of_the_contract(config):
+    write_steps(config, 1, 5)
+    weights = json.loads(read(config, "weights.json"))
+    assert weights == {
+        "step": 5,
+        "weights": {"clean": 0.75, "noisy": 0.25},
+        "weights_mean": {"clean": pytest.approx(0.725), "noisy": pytest.approx(0.275)},  # of steps 4 and 5
+        "logits": {"clean": 0.5, "noisy": -0.5},
+        "num_examples": NUM_EXAMPLES,
+        "still_moving": True,
+        "config_sha256": config_sha256(config),
+    }
+
+
+def test_weights_json_exists_from_the_first_step_on(config):
+    with MetricsWriter(config, NUM_EXAMPLES, start_step=0, is_main_rank=True) as metrics:
+        for step in (1, 2):
+            metrics.record(a_record(step))
+            assert json.loads(read(config, "weights.json"))["step"] == step
+            assert len(read(config, "metrics.jsonl").splitlines()) == step
+
+
+@pytest.mark.parametrize("checkpoint", [3, 5])
+def test_resumed_run_writes_the_bytes_of_the_uninterrupted_one(config, tmp_path, checkpoint):
+    write_steps(config, 1, 8)
+    uninterrupted = [read(config, name) for name in ("weights.json", "metrics.jsonl", "config.yaml")]
+    config.run.output_dir = str(tmp_path / "interrupted")
+    write_steps(config, 1, 5)
+    with open(tmp_path / "interrupted" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "weig')  # killed while writing
+    write_steps(config, checkpoint + 1, 8)
+    resumed = [read(config, name) for name in ("weights.json", "metrics.jsonl", "config.yaml")]
+    assert resumed[:2] == uninterrupted[:2]
+
+
+def test_records_after_the_checkpoint_are_moved_aside_and_kept(config, tmp_path):
+    write_steps(config, 1, 5)
+    tail = read(config, "metrics.jsonl").splitlines(keepends=True)[3:]
+    write_steps(config, 4, 6)
+    assert read(config, "metrics.dropped-1.jsonl") == "".join(tail)
+    write_steps(config, 6, 6)
+    assert json.loads(read(config, "metrics.dropped-2.jsonl"))["step"] == 6
+    assert [record["step"] for record in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_missing_history_is_refused(config):
+    write_steps(config, 1, 3)
+    with pytest.raises(UserError, match="steps 1 to 3, but the run continues from step 5"):
+        write_steps(config, 6, 6)
+
+
+def test_non_finite_numbers_become_null(config):
+    write_steps(config, 1, 1, val_loss=math.nan, hypergradient={"clean": math.inf, "noisy": [-math.inf]})
+    record = json.loads(read(config, "metrics.jsonl"), parse_constant=pytest.fail)
+    assert record["val_loss"] is None
+    assert record["hypergradient"] == {"clean": None, "noisy": [None]}
+
+
+def test_other_ranks_write_nothing(config, tmp_path):
+    with MetricsWriter(config, NUM_EXAMPLES, start_step=0, is_main_rank=False) as metrics:
+        metrics.record(a_record(1))
+    assert not (tmp_path / "run").exists()
+
+
+def test_settled_weights_are_not_still_moving():
+    moved = [{"a": 0.1 * step, "b": 1 - 0.1 * step} for step in range(6)]
+    assert weights_summary(moved)["still_moving"]
+    assert not weights_summary(moved + [moved[-1]] * 2)["still_moving"]  # the quarter starts after the last move
+
+
+def test_the_last_quarter_begins_with_the_step_before_it():
+    before, after = {"a": 0.5, "b": 0.5}, {"a": 0.6, "b": 0.4}
+    assert weights_summary([before] * 6 + [after] * 2)["still_moving"]
+    assert not weights_summary([before] * 6 + [after] * 4)["still_moving"]
+
+
+def test_oscillation_within_the_last_quarter_is_movement():
+    history = [{"a": 0.5 + 0.03 * (step % 2), "b": 0.5 - 0.03 * (step % 2)} for step in range(16)]
+    assert history[-1] == history[-5]
+    assert not weights_summary([history[0]] * 16)["still_moving"] and weights_summary(history)["still_moving"]
+
+
+def test_a_folder_with_another_run_is_refused_and_left_alone(config, tmp_path):
+    check_output_dir(config)
+    write_steps(config, 1, 2)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with pytest.raises(UserError, match="holds another run .*run.resume=auto"):
+        check_output_dir(config)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_resume_continues_only_a_run_with_equal_settings(config):
+    write_steps(config, 1, 2)
+    config.run.resume, config.run.save_every = "auto", 7
+    check_output_dir(config)
+    config.optimizer.lr, config.run.seed = 0.5, 3
+    with pytest.raises(UserError) as refusal:
+        check_output_dir(config)
+    lines = str(refusal.value).splitlines()[1:]
+    assert lines == ["  optimizer.lr: 2e-06 there, 0.5 here", "  run.seed: 1 there, 3 here"]
+
+
+def test_a_folder_with_strange_outputs_is_refused_under_resume(config, tmp_path):
+    config.run.resume = "auto"
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match="no config.yaml"):
+        check_output_dir(config)
+
+
+def test_a_file_or_a_folder_of_others_is_refused(config, tmp_path):
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(UserError, match="is not a folder"):
+        check_output_dir(config)
+    (tmp_path / "run").unlink()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    check_output_dir(config)
+
+
+def test_config_yaml_reads_back_equal(config, tmp_path):
+    write_config(config, tmp_path / "config.yaml")
+    assert load_config(str(tmp_path / "config.yaml"), []) == config
+
+
+def shown(total: int, every: int, terminal: bool, records: list[dict]) -> str:
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=terminal, width=100, highlight=False, soft_wrap=not terminal)
+    with RunConsole(total, every, console) as run_console:
+        for record in records:
+            run_console.show(record)
+    return stream.getvalue()
+
+
+def test_plain_console_has_first_last_every_nth_and_evaluated_steps():
+    records = [a_record(step) for step in range(1, 9)]
+    records[4]["test_loss"] = 1.25
+    lines = shown(8, 3, False, records).splitlines()
+    assert [line.split()[1] for line in lines] == ["1/8", "3/8", "5/8", "6/8", "8/8"]
+    assert "test 1.2500" in lines[2]
+    assert "ETA 2s" in lines[0] and "clean=.550 noisy=.450" in lines[0]
+    assert all("\x1b" not in line for line in lines)
+
+
+def test_terminal_shows_a_bar_for_each_source():
+    text = shown(2, 1, True, [a_record(1), a_record(2)])
+    assert "step 2/2" in text and "clean" in text and "noisy" in text and "█" in text
+
+
+@pytest.mark.parametrize("seconds, text", [(4, "4s"), (187, "3:07"), (7387, "2:03:07")])
+def test_duration_is_short(seconds, text):
+    assert duration(seconds) == text

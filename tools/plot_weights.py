@@ -1,0 +1,22 @@
+"""Draws a run's source weights over time as an SVG, for a page such as README.
+
+python tools/plot_weights.py OUTPUT_DIR PICTURE.svg
+"""
+
+import argparse
+from pathlib import Path
+
+from megatron_scalebio.metrics import read_metrics
+from megatron_scalebio.report import weights_svg
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output_dir", type=Path, help="a run's output folder")
+    parser.add_argument("picture", type=Path, help="the SVG file to write")
+    arguments = parser.parse_args()
+    arguments.picture.write_text(weights_svg(read_metrics(arguments.output_dir)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
