@@ -6,6 +6,7 @@ Megatron-Core's distributed format. Resuming on the same layout continues bit fo
 """
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -18,6 +19,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
 from megatron_scalebio.config import Config, UserError, config_sha256
+
+
+# It warns at every save, on every rank, that its built-in writer is deprecated.
+logging.getLogger("megatron.core.dist_checkpointing.strategies.torch").setLevel(logging.ERROR)
 
 
 class Checkpointable(Protocol):

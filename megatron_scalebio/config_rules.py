@@ -183,22 +183,33 @@ def _sources(config: Config) -> list[str]:
         problems.append(f"data.sources: {names.count(name)} sources are called {name!r}; names must differ")
     if bilevel.mode == "bilevel" and data.validation is None:
         problems.append("data.validation is not set: bilevel.mode=bilevel learns the weights from it")
-    if bilevel.floor * len(names) > 1:
-        problems.append(f"bilevel.floor={bilevel.floor} times {len(names)} sources is more than 1")
+    if bilevel.floor * len(names) >= 1:
+        problems.append(f"bilevel.floor={bilevel.floor} times {len(names)} sources must be below 1")
     if data.sampling == "stratified" and len(names) > bilevel.global_batch_size:
         problems.append(
             f"data.sampling=stratified needs an example of each of {len(names)} sources in every batch:"
             f" raise bilevel.global_batch_size={bilevel.global_batch_size}"
         )
-    for key in ("weights", "prior"):
-        mapping = getattr(bilevel, key)
-        if mapping is not None:
-            problems += _mapping(f"bilevel.{key}", mapping, names)
+    if bilevel.prior is not None:
+        problems += _mapping("bilevel.prior", bilevel.prior, names, zero_allowed=False)
+    if bilevel.weights is not None:
+        fixed = bilevel.mode == "fixed"  # a logit of minus infinity would never move again
+        found = _mapping("bilevel.weights", bilevel.weights, names, zero_allowed=fixed)
+        problems += found or _above_floor(bilevel.weights, 0.0 if fixed else bilevel.floor)
     return problems
 
 
-def _mapping(key: str, mapping: Any, names: list[str]) -> list[str]:
-    """`mapping` must give each source, and nothing else, a positive number."""
+def _above_floor(weights: dict[str, float], floor: float) -> list[str]:
+    """Weights to begin at must add up to something, and leave each source more than the floor."""
+    total = sum(weights.values())
+    if total == 0:
+        return ["bilevel.weights: all are zero"]
+    low = [f"{name}={weight / total:.4g}" for name, weight in weights.items() if weight / total <= floor > 0]
+    return [f"bilevel.weights: shares must lie above bilevel.floor={floor}, but {', '.join(low)}"] if low else []
+
+
+def _mapping(key: str, mapping: Any, names: list[str], zero_allowed: bool) -> list[str]:
+    """`mapping` must give each source, and nothing else, a positive number, or zero where that is allowed."""
     if not isinstance(mapping, dict):
         return [f"{key}={mapping!r}: must be a mapping from every source's name to a number"]
     missing = [name for name in names if name not in mapping]
@@ -208,8 +219,8 @@ def _mapping(key: str, mapping: Any, names: list[str]) -> list[str]:
         problems.append(f"{key}: {', '.join(map(str, surplus))} is no source; they are {', '.join(names)}")
     for name, value in mapping.items():
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not (0 < value < math.inf):
-            problems.append(f"{key}: {name}={value} must be a positive, finite number")
+        if not is_number or not (0 < value < math.inf or (zero_allowed and value == 0)):
+            problems.append(f"{key}: {name}={value} must be a positive, finite number{' or 0' if zero_allowed else ''}")
     return problems
 
 

@@ -164,7 +164,7 @@ def make_source_weights(config: Config, source_names: list[str]) -> SourceWeight
         weight_decay=bilevel.logits_weight_decay,
         betas=tuple(config.optimizer.betas),
         eps=config.optimizer.eps,
-        floor=bilevel.floor,
+        floor=bilevel.floor if bilevel.mode == "bilevel" else 0.0,
         prior=in_order(bilevel.prior),
         start=in_order(bilevel.weights),
     )

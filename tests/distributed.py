@@ -128,7 +128,8 @@ class _Pool:
         except (EOFError, ConnectionResetError):
             self.processes[rank].join()
             status = self.processes[rank].exitcode
-            return _Failure(time.monotonic(), f"the process ended with status {status}\n{self._read_stack(rank)}")
+            # Time 0: a death comes first, whatever its peers say of closed connections before it is noticed.
+            return _Failure(0.0, f"the process ended with status {status}\n{self._read_stack(rank)}")
 
     def _describe(self, name: str, failures: dict[int, _Failure], missing: list[int], timeout: float) -> str:
         if failures:

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -129,14 +130,12 @@ def main() -> None:
     print_table(rows)
     if args.out:
         import torch
-        from megatron.core import __version__ as megatron_version
-
         commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
         content = {
             "command": "python tools/compare_presets.py " + " ".join(sys.argv[1:]),
             "commit": commit.stdout.strip(),
             "device": f"CPU {platform.machine()}, one thread per run",
-            "versions": {"torch": torch.__version__, "megatron-core": megatron_version},
+            "versions": {"torch": torch.__version__, "megatron-core": version("megatron-core")},
             "settings": VARIANTS,
             "summary": rows,
             "runs": runs,

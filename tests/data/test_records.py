@@ -108,6 +108,7 @@ def test_five_bad_lines_are_shown_and_the_others_counted(write):
         (b'[{"prompt": "a", "response": "b"}]\n]', 1, "after an element"),
         (b'[{"prompt": "a", "response": "b"},\n\n]', 3, "malformed JSON"),
         (b'[\n\n{"prompt": "\xff"}]', 3, "not UTF-8"),
+        (b'[\n{"prompt": "a",\n"response": }]', 3, "malformed JSON"),
     ],
 )
 def test_an_error_in_an_array_names_its_line(write, content, line, reason):

@@ -1,0 +1,129 @@
+"""The weights are always a distribution; the hypergradient is the derivative; each rule follows it as it says."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from megatron_scalebio.source_weights import SourceWeights, scheduled_lr
+
+OPTIMIZERS = ("adamw", "exponentiated_gradient", "sgd")
+PRIOR = [0.5, 0.2, 0.2, 0.1]
+GAP = torch.tensor([0.3, -0.2, 0.05, 1.0], dtype=torch.float64)
+
+
+def new(num_sources: int = 4, **settings) -> SourceWeights:
+    return SourceWeights(num_sources, **settings)
+
+
+def check_distribution(weights: torch.Tensor, floor: float = 0.0) -> None:
+    assert weights.dtype == torch.float64
+    assert weights.isfinite().all() and (weights >= 0).all() and (weights >= floor * (1 - 1e-12)).all()
+    assert weights.sum().item() == pytest.approx(1.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.1])
+@pytest.mark.parametrize("logits", [[0.0] * 4, [1e3, -1e3, 0, 5], [1e300, 0, 0, 0], [-1e300] * 4, [1e-300, 0, 0, 0]])
+def test_weights_are_a_distribution_above_the_floor_for_any_logits(logits, floor):
+    weights = new(floor=floor, prior=PRIOR)
+    weights.logits = torch.tensor(logits, dtype=torch.float64)
+    check_distribution(weights.weights, floor)
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.05])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_weights_stay_a_distribution_over_long_runs_of_wild_gaps(optimizer, floor):
+    weights = new(optimizer=optimizer, weight_decay=0.01, floor=floor)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(1000):
+        gap = torch.randn(4, generator=generator, dtype=torch.float64) * 10.0 ** (step % 9 - 4)
+        weights.update(100.0, gap, lr=0.5)
+        check_distribution(weights.weights, floor)
+    assert weights.logits.isfinite().all()
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_one_source_keeps_weight_one_exactly(optimizer):
+    weights = new(1, optimizer=optimizer, weight_decay=0.01)
+    for gap in (3.0, -1e6, 1e-9):
+        hypergradient = weights.update(10.0, torch.tensor([gap], dtype=torch.float64), lr=0.5)
+        assert hypergradient.tolist() == [0.0] and weights.weights.tolist() == [1.0]
+
+
+def test_a_prior_is_what_the_weights_are_at_logits_zero_and_the_floor_lifts_it():
+    assert new(prior=PRIOR).weights.tolist() == pytest.approx(PRIOR, abs=1e-15)
+    assert new(prior=[5, 2, 2, 1]).weights.tolist() == pytest.approx(PRIOR, abs=1e-15)
+    assert new(prior=PRIOR, floor=0.1).weights.tolist() == pytest.approx([0.1 + 0.6 * p for p in PRIOR], abs=1e-15)
+    assert new().weights.tolist() == [0.25] * 4
+
+
+@pytest.mark.parametrize("floor, prior", [(0.0, None), (0.1, None), (0.0, PRIOR), (0.1, PRIOR)])
+def test_hypergradient_is_the_derivative_of_the_weighted_gap(floor, prior):
+    weights = new(floor=floor, prior=prior)
+    weights.logits = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)
+    found = weights.hypergradient(7.0, GAP)
+    weights.logits.requires_grad_(True)
+    (expected,) = torch.autograd.grad(7.0 * weights.weights @ GAP, weights.logits)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+    assert new(floor=floor, prior=prior).hypergradient(7.0, torch.zeros(4).double()).tolist() == [0.0] * 4
+
+
+def test_adamw_is_torchs_adamw_on_the_hypergradient():
+    weights = new(optimizer="adamw", weight_decay=0.3, betas=(0.8, 0.95), eps=1e-6)
+    logits = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    adamw = torch.optim.AdamW([logits], lr=1.0, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.3)
+    generator = torch.Generator().manual_seed(2)
+    for step in range(30):
+        gap = torch.randn(4, generator=generator, dtype=torch.float64)
+        adamw.param_groups[0]["lr"] = lr = 0.1 / (step + 1)
+        logits.grad = weights.update(3.0, gap, lr)
+        adamw.step()
+        torch.testing.assert_close(weights.logits, logits.detach(), rtol=0, atol=1e-13)
+
+
+def test_exponentiated_gradient_multiplies_the_weights():
+    weights = new(optimizer="exponentiated_gradient", start=PRIOR)
+    weights.update(2.0, GAP, lr=0.3)
+    expected = torch.tensor(PRIOR, dtype=torch.float64) * torch.exp(-0.3 * 2.0 * GAP)
+    torch.testing.assert_close(weights.weights, expected / expected.sum(), rtol=0, atol=1e-15)
+
+
+def test_sgd_steps_against_the_hypergradient():
+    weights = new(optimizer="sgd")
+    hypergradient = weights.update(2.0, GAP, lr=0.3)
+    assert torch.equal(weights.logits, -0.3 * hypergradient)
+    assert (weights.weights[3] < 0.25) and (weights.weights[1] > 0.25), "the source with the larger gap must lose"
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_state_survives_json_exactly(optimizer):
+    first = new(optimizer=optimizer, weight_decay=0.01)
+    for step in range(5):
+        first.update(10.0, GAP * math.sin(step + 1) / 3, lr=0.1)
+    second = new(optimizer=optimizer, weight_decay=0.01)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert torch.equal(first.logits, second.logits)
+    assert torch.equal(first.update(10.0, GAP, 0.1), second.update(10.0, GAP, 0.1))
+    assert torch.equal(first.logits, second.logits)
+    assert first.state_dict() == second.state_dict()
+
+
+@pytest.mark.parametrize("floor, prior", [(0.0, None), (0.05, None), (0.0, PRIOR), (0.05, PRIOR)])
+def test_start_weights_are_the_weights(floor, prior):
+    start = [0.4, 0.3, 0.2, 0.1]
+    assert new(floor=floor, prior=prior, start=start).weights.tolist() == pytest.approx(start, abs=1e-15)
+    assert new(floor=floor, prior=prior, start=[4, 3, 2, 1]).weights.tolist() == pytest.approx(start, abs=1e-15)
+
+
+def test_a_fixed_weight_may_be_zero():
+    assert new(3, start=[0.75, 0.0, 0.25]).weights.tolist() == pytest.approx([0.75, 0.0, 0.25], abs=1e-15)
+
+
+def test_schedule_warms_up_to_the_full_rate_and_ends_above_zero():
+    rates = [scheduled_lr(2.0, "cosine", step, 20, 0.1) for step in range(1, 21)]
+    assert rates[:3] == [1.0, 2.0, 2.0]
+    assert all(later < earlier for earlier, later in zip(rates[2:], rates[3:], strict=False)) and rates[-1] > 0
+    assert rates[11] == pytest.approx(1.0)  # half-way down
+    assert [scheduled_lr(2.0, "constant", step, 20, 0.1) for step in (1, 2, 3, 20)] == [1.0, 2.0, 2.0, 2.0]
+    assert scheduled_lr(2.0, "cosine", 1, 1, 0.0) == 2.0
