@@ -100,7 +100,8 @@ def test_a_non_finite_loss_ends_the_run_with_the_last_good_state_saved(step, tmp
         assert result["errors"].count("error:") == (rank == 0)
     assert f"error: step {step}: non-finite loss on rank 1, before any update: " in expected[0]["errors"]
     assert "is inf in the lower model" in expected[0]["errors"]
-    assert [path.name for path in (tmp_path / "whole" / "checkpoints").iterdir()] == [f"step_{step - 1}"]
+    saved = [path.name for path in (tmp_path / "whole").glob("checkpoints/*")]
+    assert saved == ([f"step_{step - 1}"] if step > 1 else [])
 
     run_distributed(world_size, train, tmp_path / "plain", ("run.save_every=0",))
     run_distributed(world_size, train, tmp_path / "whole", ("run.save_every=0",))
