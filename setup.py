@@ -17,6 +17,7 @@ setup(
         "transformers>=4.57",
         "safetensors>=0.4",
         "omegaconf>=2.3",
+        "pyyaml>=6",
         "rich>=13",
         "jinja2>=3.1",
         "sentencepiece>=0.2",

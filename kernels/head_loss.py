@@ -31,17 +31,19 @@ def head_loss(
         The loss: a scalar that carries the gradient to `hidden` (this rank's part: the caller reduces it over `group`)
         and `weight`. The token losses: [N], detached, unweighted, fp32 or fp64, equal on every rank.
     """
-    return _HeadLoss.apply(hidden, weight, targets, loss_coef, vocab_size, group)
+    # Inside a Function's forward everything seems to need a gradient: whether one is wanted is known only here.
+    wanted = tuple(torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight))
+    return _HeadLoss.apply(hidden, weight, targets, loss_coef, vocab_size, group, wanted)
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, loss_coef, vocab_size, group):
+    def forward(ctx, hidden, weight, targets, loss_coef, vocab_size, group, wanted):
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         head = weight.to(wide)
         token_losses = torch.empty(len(targets), dtype=wide, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
+        grad_hidden = torch.empty_like(hidden) if wanted[0] else None
+        grad_weight = torch.zeros_like(head) if wanted[1] else None
         for start in range(0, len(targets), TOKENS_PER_CHUNK):
             chunk = slice(start, start + TOKENS_PER_CHUNK)
             rows = hidden[chunk].to(wide)
@@ -60,7 +62,7 @@ class _HeadLoss(torch.autograd.Function):
         grad_hidden, grad_weight = (
             None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors
         )
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def _cross_entropy(

@@ -7,7 +7,8 @@ K sources with logits lambda and weights p = softmax(lambda); two copies of one 
     logits:  descend    alpha * J^T g,   g_i = L_i(upper) - L_i(lower),   J = dp/dlambda
 
 All losses are taken at the parameters before any update, on the same training batch for both models. No second-order
-derivative: the models meet the outer problem only through the two K-vectors of losses.
+derivative: the models meet the outer problem only through the two K-vectors of losses. A source that a batch lacks
+(natural sampling) has the loss 0 in both models, as in the original.
 """
 
 import math
@@ -35,24 +36,25 @@ class Pass:
     num_sources: int  # K for train; 1 for validation and test
 
 
-class NonFiniteLoss(Exception):
-    """A loss is NaN or infinite; nothing was updated. `rank` is the lowest rank that computed such a loss."""
+class NonFinite(Exception):
+    """A loss or a gradient is NaN or infinite; `rank` is the lowest rank that holds such a number."""
 
-    def __init__(self, rank: int, passes: list[Pass], losses: list[Tensor]):
-        super().__init__(f"non-finite loss on rank {rank}")
-        self.rank, self.passes, self.losses = rank, passes, losses
+    def __init__(self, rank: int, passes: list[Pass], losses: list[Tensor], norms: dict[Role, float] | None = None):
+        super().__init__(f"a loss or a gradient is not finite on rank {rank}")
+        self.rank, self.passes, self.losses, self.norms = rank, passes, losses, norms or {}
 
-    def describe(self, source_names: list[str], step: int) -> str:
-        """Which losses of which step, for the user."""
-        found = []
+    def describe(self, source_names: list[str]) -> str:
+        """What is not finite, for the user."""
+        norms = {role: norm for role, norm in self.norms.items() if not math.isfinite(norm)}
+        found = [f"gradient norm {norm} of the {role} model" for role, norm in norms.items()]
         for part, losses in zip(self.passes, self.losses, strict=True):
             names = source_names if part.split == "train" else [part.split]
             found += [
-                f"{name} is {loss} in the {part.role} model"
+                f"loss {loss} of {name} in the {part.role} model"
                 for name, loss in zip(names, losses.tolist(), strict=True)
                 if not math.isfinite(loss)
             ]
-        return f"step {step}: non-finite loss on rank {self.rank}, before any update: {'; '.join(found)}"
+        return f"not finite on rank {self.rank}: {'; '.join(found)}"
 
 
 class Models(Protocol):
@@ -62,7 +64,7 @@ class Models(Protocol):
         """Mean losses per source of each pass, [num_sources] fp64 on the host, over the whole global batch; the
         gradients of `sum(loss_coef * token_loss)` are left with the models.
 
-        `fingerprint` must be equal on every rank, or the step is refused. Raises: NonFiniteLoss.
+        `fingerprint` must be equal on every rank, or the step is refused. Raises: NonFinite, for losses and gradients.
         """
 
     def step(self, role: Role, lr: float, max_norm: float | None) -> Tensor:
@@ -95,7 +97,7 @@ class Bilevel:
         return bilevel.penalty_alpha * bilevel.penalty_growth ** (step - 1) if bilevel.mode == "bilevel" else 1.0
 
     def step(self, models: Models, step: int, batch: StepBatch, active_layers: dict[Role, list[int]]) -> StepResult:
-        """Take step `step` on both models and the logits. Raises: NonFiniteLoss, before any update."""
+        """Take step `step` on both models and the logits. Raises: NonFinite, before any update."""
         settings, optimizer = self.config.bilevel, self.config.optimizer
         alpha, p = self.penalty_alpha(step), self.source_weights.weights
         fixed = settings.mode == "fixed"

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from megatron_scalebio.config import Config, UserError, config_sha256
 
-
 # It warns at every save, on every rank, that its built-in writer is deprecated.
 logging.getLogger("megatron.core.dist_checkpointing.strategies.torch").setLevel(logging.ERROR)
 
@@ -86,6 +85,8 @@ def read_state(path: Path, config: Config, dataset_fingerprint: str) -> dict:
     """
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        if not isinstance(state, dict):
+            raise ValueError("not a mapping")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: state.json cannot be read ({error}); move it away to resume before it") from error
     expected = {
@@ -94,9 +95,9 @@ def read_state(path: Path, config: Config, dataset_fingerprint: str) -> dict:
         "layout": (_layout(config), "the layout: resuming on another one is not supported"),
     }
     for key, (value, words) in expected.items():
-        if state[key] != value:
+        if state.get(key) != value:
             raise UserError(
-                f"{path} cannot be continued: it was written with other values of {words} ({state[key]} there, "
+                f"{path} cannot be continued: it was written with other values of {words} ({state.get(key)} there, "
                 f"{value} here); restore them, or start anew in another run.output_dir"
             )
     return state

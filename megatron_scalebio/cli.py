@@ -85,6 +85,9 @@ def _prepare(args: argparse.Namespace, world_size: int) -> "tuple[Config, Datase
     if _is_main_rank():
         check_output_dir(config)
 
+    from megatron_scalebio.device import check_device
+
+    check_device(config.run.device, world_size if args.command == "launch" else 1)
     from megatron_scalebio.data import load_dataset
 
     dataset = load_dataset(config)
@@ -107,7 +110,7 @@ def _train(args: argparse.Namespace) -> int:
     from megatron_scalebio.trainer import train
 
     status = train(config, dataset)
-    if _is_main_rank():
+    if _is_main_rank() and (Path(config.run.output_dir) / "weights.json").exists():
         print(f"report: {write_report(config.run.output_dir)}")
         if status in EXITS_ON_SIGNAL:
             print("stopped by a signal, checkpoint saved: run.resume=auto continues from it")

@@ -43,7 +43,7 @@ class ModelConfig:
     family: str = "qwen2"  # qwen2 (2 and 2.5)
     hf_path: str | None = None  # a Hugging Face checkpoint folder; None: random weights in the shape below
     shape: ShapeConfig = field(default_factory=ShapeConfig)
-    implementation: str = "auto"  # auto | native | te
+    implementation: str = "auto"  # auto (native) | native | te
 
 
 @dataclass
@@ -63,7 +63,7 @@ class DataConfig:
     over_length: str = "truncate"  # truncate | drop | error
     packing: bool = True
     micro_batch_size: int = 1  # rows of max_length positions
-    sampling: str = "stratified"  # stratified | natural
+    sampling: str | None = None  # preset: stratified | natural
     response_loss_only: bool = True
 
 
@@ -151,15 +151,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         "bilevel.logits_lr": 1.0e-2,
         "bilevel.logits_schedule": "constant",
         "bilevel.logits_weight_decay": 0.01,
+        "data.sampling": "stratified",
         "lisa.pairing": "shared",
     },
-    # The original's settings, arXiv 2406.19976 and its authors' scripts.
+    # The original's settings, arXiv 2406.19976 and its authors' scripts. Two of its habits do not come back: draws that
+    # differ from rank to rank, and optimizer states of frozen layers kept for ever.
     "paper": {
         "bilevel.penalty_alpha": 100.0,
         "bilevel.logits_optimizer": "adamw",
         "bilevel.logits_lr": 1.0e-2,
         "bilevel.logits_schedule": "cosine",
         "bilevel.logits_weight_decay": 0.01,
+        "data.sampling": "natural",
         "lisa.pairing": "independent",
     },
 }

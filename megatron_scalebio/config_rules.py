@@ -117,10 +117,25 @@ def _values(config: Config) -> list[str]:
             problems.append(f"{key}={flat[key]}: must be zero or more, and finite")
     if config.optimizer.warmup >= 1:
         problems.append(f"optimizer.warmup={config.optimizer.warmup}: is a share of bilevel.steps, below 1")
+    if not problems:
+        problems += _last_alpha(config)
     betas = config.optimizer.betas
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         problems.append(f"optimizer.betas={betas}: must be two numbers from 0 up to, not including, 1")
     return problems
+
+
+def _last_alpha(config: Config) -> list[str]:
+    """The penalty multiplies losses in fp32: far below its range, or the run dies in its middle."""
+    bilevel, largest = config.bilevel, 1e12
+    alpha, growth = bilevel.penalty_alpha, bilevel.penalty_growth
+    exponent = math.log10(alpha) + (bilevel.steps - 1) * math.log10(growth)
+    if max(abs(math.log10(alpha)), abs(exponent)) <= math.log10(largest):
+        return []
+    return [
+        f"bilevel.penalty_alpha={alpha} times bilevel.penalty_growth={growth} a step comes to 1e{exponent:+.0f} in"
+        f" {bilevel.steps} steps: it must stay between {1 / largest:.0e} and {largest:.0e}"
+    ]
 
 
 def _shape(config: Config, vocab_size: int | None) -> list[str]:

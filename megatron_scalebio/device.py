@@ -69,14 +69,28 @@ class _TorchOnCpu:
         return torch.zeros(*size, device=CPU if device == "cuda" else device, **kwargs)
 
 
-def choose_device(setting: str) -> torch.device:
-    """The device of this process for `run.device`: auto | cpu | cuda. One process drives one GPU, `LOCAL_RANK`'s."""
-    available = torch.cuda.is_available()
-    if setting == "cuda" and not available:
+def check_device(setting: str, ranks_here: int) -> None:
+    """Check `run.device` for a number of ranks on this machine. Raises: UserError."""
+    if setting == "cuda" and not torch.cuda.is_available():
         raise UserError("run.device=cuda, but torch finds no CUDA device on this machine; use run.device=cpu or auto")
-    if setting == "cpu" or not available:
+    if setting != "cpu" and torch.cuda.is_available() and ranks_here > torch.cuda.device_count():
+        raise UserError(
+            f"{ranks_here} ranks on this machine, but it has {torch.cuda.device_count()} GPUs and each rank drives one:"
+            " start fewer, or use run.device=cpu"
+        )
+
+
+def choose_device(setting: str) -> torch.device:
+    """The device of this process for `run.device`: auto | cpu | cuda. One process drives one GPU, `LOCAL_RANK`'s.
+
+    Raises: UserError.
+    """
+    check_device(setting, ranks_here=1)
+    if setting == "cpu" or not torch.cuda.is_available():
         return CPU
     local_rank, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if count == 1 and "SLURM_LOCALID" in os.environ:
+        local_rank = 0  # Slurm may show each task its own GPU only
     if local_rank >= count:
         raise UserError(f"local rank {local_rank} has no GPU: this node has {count}; start at most {count} ranks on it")
     torch.cuda.set_device(local_rank)
@@ -104,7 +118,7 @@ def backend(device: torch.device) -> str:
 
 
 def read_back(tensor: Tensor) -> list[float]:
-    """Device numbers as Python floats. The one place where the host waits for the device during a step."""
+    """Device numbers as Python floats. The one place where the host waits for the device."""
     return tensor.detach().to(device=CPU, dtype=torch.float64).reshape(-1).tolist()
 
 

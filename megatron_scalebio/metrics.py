@@ -7,6 +7,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_scalebio.config import (
     Config,
     UserError,
@@ -83,6 +85,7 @@ class MetricsWriter:
         if not self.is_main_rank:
             return self
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._claim_folder()
         write_config(self.config, self.folder / "config.yaml")
         self.history = [record["weights"] for record in self._take_up_metrics()]
         self._metrics = self._stack.enter_context(open(self.folder / "metrics.jsonl", "a", encoding="utf-8"))
@@ -124,6 +127,14 @@ class MetricsWriter:
         replace_file(self.folder / "weights.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
         self._console.show(record)
 
+    def _claim_folder(self) -> None:
+        """Of two runs started into one folder at once the second ends here, before it touches the first's files."""
+        if self.start_step == 0 and self.config.run.resume == "never":
+            try:
+                (self.folder / "config.yaml").touch(exist_ok=False)
+            except FileExistsError:
+                raise UserError(f"run.output_dir={self.folder}: another run began there; name another folder") from None
+
     def _take_up_metrics(self) -> list[dict[str, Any]]:
         """The records up to `start_step`; what follows them in the file is moved aside, never deleted."""
         path = self.folder / "metrics.jsonl"
@@ -155,13 +166,10 @@ def weights_summary(history: list[dict[str, float]]) -> dict[str, Any]:
     smallest values lie more than MOVING apart.
     """
     quarter = math.ceil(len(history) / 4)
-    window, with_start = history[-quarter:], history[-quarter - 1 :]
+    table = np.array([list(weights.values()) for weights in history[-quarter - 1 :]])  # [steps, sources]
     return {
-        "weights_mean": {name: math.fsum(weights[name] for weights in window) / quarter for name in history[-1]},
-        "still_moving": any(
-            max(weights[name] for weights in with_start) - min(weights[name] for weights in with_start) > MOVING
-            for name in history[-1]
-        ),
+        "weights_mean": dict(zip(history[-1], table[-quarter:].mean(axis=0).tolist(), strict=True)),
+        "still_moving": bool((table.max(axis=0) - table.min(axis=0) > MOVING).any()),
     }
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_scalebio.active_layers import Role, draw_active_layers, period_of
-from megatron_scalebio.bilevel import Bilevel, NonFiniteLoss, StepResult, evaluation_pass
+from megatron_scalebio.bilevel import Bilevel, NonFinite, StepResult, evaluation_pass
 from megatron_scalebio.checkpoint import load_models, newest_checkpoint, read_state, save_checkpoint
 from megatron_scalebio.config import Config
 from megatron_scalebio.data import Dataset, Sampler, StepBatch
@@ -54,26 +54,29 @@ class Trainer:
         }
         with MetricsWriter(config, num_examples, self.step, self.groups.rank == 0) as metrics:
             while self.step < num_steps:
-                started = time.perf_counter()
                 try:
-                    batch, result = self.take_step()
-                except NonFiniteLoss as error:
-                    self._report_non_finite(error)
-                    if self.step:
-                        self.save()
+                    self._step_and_record(metrics)
+                except NonFinite as error:
+                    # No checkpoint: a run that diverged would continue into the same numbers from it.
+                    self._tell_non_finite(error)
                     return 1
-                last = self.step == num_steps
-                record = self.record(batch, result)
-                record["step_seconds"] = time.perf_counter() - started
-                if self.dataset.test and (last or _due(self.step, config.run.eval_every)):
-                    record["test_loss"] = self.evaluate()
-                metrics.record(record)
-                stopped_by = stop.agreed(self.device)
+                last, stopped_by = self.step == num_steps, stop.agreed(self.device)
                 if last or stopped_by or _due(self.step, config.run.save_every):
                     self.save()
                 if stopped_by and not last:
                     return 128 + stopped_by
         return 0
+
+    def _step_and_record(self, metrics: MetricsWriter) -> None:
+        started = time.perf_counter()
+        record = self.record(*self.take_step())
+        record["step_seconds"] = time.perf_counter() - started
+        last = self.step == self.config.bilevel.steps
+        try:
+            if self.dataset.test and (last or _due(self.step, self.config.run.eval_every)):
+                record["test_loss"] = self.evaluate()
+        finally:
+            metrics.record(record)
 
     def take_step(self) -> tuple[StepBatch, StepResult]:
         """One step of both models and the logits, on the step's own examples and active layers."""
@@ -145,10 +148,10 @@ class Trainer:
         self.source_weights.load_state_dict(state["source_weights"])
         self.step = state["step"]
 
-    def _report_non_finite(self, error: NonFiniteLoss) -> None:
+    def _tell_non_finite(self, error: NonFinite) -> None:
         if self.groups.rank == 0:
-            message = error.describe(self.dataset.source_names, self.step + 1)
-            print(f"error: {message}", file=sys.stderr, flush=True)
+            what = error.describe(self.dataset.source_names)
+            print(f"error: step {self.step + 1}, before any update: {what}", file=sys.stderr, flush=True)
 
 
 def make_source_weights(config: Config, source_names: list[str]) -> SourceWeights:
@@ -190,9 +193,9 @@ class _StopSignal:
 
     def agreed(self, device: torch.device) -> int:
         """The signal that any rank has received, 0 for none; equal on every rank."""
-        number = torch.tensor(self.received, device=device)
+        number = torch.tensor([self.received], device=device)
         dist.all_reduce(number, op=dist.ReduceOp.MAX)
-        return int(number)
+        return int(read_back(number)[0])
 
     def _receive(self, number: int, frame) -> None:
         self.received = number

@@ -40,7 +40,7 @@ def test_resuming_in_mid_period_and_at_its_edge_equals_no_interruption_bit_for_b
     expected = run_distributed(world_size, train, tmp_path / "whole", overrides)
     for step in (MID_PERIOD, PERIOD_EDGE):
         folder = interrupted_after(step, tmp_path / "whole", tmp_path / f"from_{step}")
-        resumed = run_distributed(world_size, train, folder, overrides)
+        resumed = run_distributed(world_size, train, folder, (*overrides, "run.save_every=0"))
         for rank, (mine, theirs) in enumerate(zip(resumed, expected, strict=True)):
             assert mine["started"] == step
             assert mine["state"] == theirs["state"]
@@ -54,7 +54,7 @@ def test_resuming_in_mid_period_and_at_its_edge_equals_no_interruption_bit_for_b
 
 def test_two_runs_with_one_seed_and_layout_write_the_same_bytes_and_auto_starts_anew_without_a_checkpoint(tmp_path):
     for folder in ("first", "second"):
-        run_distributed(2, train, tmp_path / folder, (TP2,))
+        run_distributed(2, train, tmp_path / folder, (TP2, "run.save_every=0"))
     first, second = ((tmp_path / folder / "weights.json").read_bytes() for folder in ("first", "second"))
     assert first == second
     assert json.loads(first)["step"] == 5
@@ -91,20 +91,22 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_by_name_before_training(tmp_
 
 
 @pytest.mark.parametrize("step", [1, 4, 5], ids=["first step", "mid-period", "first step of a period"])
-def test_a_non_finite_loss_ends_the_run_with_the_last_good_state_saved(step, tmp_path):
-    world_size = 2
-    expected = run_distributed(world_size, train, tmp_path / "whole", ("run.save_every=0",), 0, step)
+def test_a_non_finite_loss_ends_the_run_and_keeps_the_checkpoints_before_it(step, tmp_path):
+    world_size, overrides = 2, ("run.save_every=2",)
+    expected = run_distributed(world_size, train, tmp_path / "whole", overrides, 0, step)
     for rank, result in enumerate(expected):
         assert result["status"] == 1
         assert result["ended"] == step - 1
         assert result["errors"].count("error:") == (rank == 0)
-    assert f"error: step {step}: non-finite loss on rank 1, before any update: " in expected[0]["errors"]
-    assert "is inf in the lower model" in expected[0]["errors"]
-    saved = [path.name for path in (tmp_path / "whole").glob("checkpoints/*")]
-    assert saved == ([f"step_{step - 1}"] if step > 1 else [])
+    assert f"error: step {step}, before any update: not finite on rank 1: " in expected[0]["errors"]
+    assert "loss inf of" in expected[0]["errors"] and "in the lower model" in expected[0]["errors"]
+    saved = {path.name for path in (tmp_path / "whole").glob("checkpoints/*")}
+    assert saved == {f"step_{number}" for number in range(2, step, 2)}
+    if not saved:
+        return
 
-    run_distributed(world_size, train, tmp_path / "plain", ("run.save_every=0",))
-    run_distributed(world_size, train, tmp_path / "whole", ("run.save_every=0",))
+    run_distributed(world_size, train, tmp_path / "plain", overrides)
+    run_distributed(world_size, train, tmp_path / "whole", overrides)
     assert content(tmp_path / "whole" / "weights.json") == content(tmp_path / "plain" / "weights.json")
 
 
@@ -192,5 +194,3 @@ def content(path: Path) -> list[dict] | bytes:
         return path.read_bytes()
     records = [json.loads(line) for line in path.read_text().splitlines()]
     return [{key: value for key, value in record.items() if key != "step_seconds"} for record in records]
-
-

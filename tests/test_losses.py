@@ -45,7 +45,9 @@ def test_coefficients_give_each_source_its_mean_loss_and_the_model_the_weighted_
         weighted += (coefs.loss_coef * losses).sum().item()
     expected = [mean_loss(source, unit) for source in range(NUM_SOURCES)]
     assert means.tolist() == pytest.approx(expected, rel=1e-15)
-    assert weighted == pytest.approx(sum(w * mean for w, mean in zip(WEIGHTS.tolist(), expected, strict=True)), rel=1e-15)
+    assert weighted == pytest.approx(
+        sum(w * mean for w, mean in zip(WEIGHTS.tolist(), expected, strict=True)), rel=1e-15
+    )
 
 
 @pytest.mark.parametrize("unit", ["example", "token"])

@@ -29,7 +29,7 @@ LOGITS = {
 }
 
 VARIANTS: dict[str, list[str]] = {
-    "preset paper (alpha 100, independent draws, AdamW)": ["bilevel.preset=paper", "bilevel.logits_lr=2e-2"],
+    "preset paper (alpha 100, independent draws)": ["bilevel.preset=paper", "bilevel.logits_lr=2e-2"],
     **{
         f"shared draws, alpha {alpha}, {name}": [f"bilevel.penalty_alpha={alpha}", *SHARED, *logits]
         for alpha in (1, 10, 100)
@@ -109,6 +109,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings for every run")
     args = parser.parse_args()
 
+    if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     folders = {seed: Path(args.data) / f"seed_{seed}" for seed in range(1, args.seeds + 1)}
     for seed, folder in folders.items():
         generator = [sys.executable, str(ROOT / "examples/arithmetic.py"), str(folder), "--seed", str(seed)]

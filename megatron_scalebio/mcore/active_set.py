@@ -54,6 +54,7 @@ class ActiveSet:
         self.role, self.store, self.groups, self.optimizer = role, store, groups, config.optimizer
         self.sequence_parallel, self.tied = config.parallel.sequence, config.model.shape.tied_embeddings
         self.blocks: dict[str, ActiveBlock] = {}
+        self.norm: Tensor | None = None  # of the gradient at hand, before the clip
         self._hooks: dict[str, list] = {}
         for name in store.blocks[role]:
             store.freeze(role, name)
@@ -70,11 +71,13 @@ class ActiveSet:
         for active in self.blocks.values():
             active.gradient.zero_()
 
-    def reduce_gradients(self) -> None:
-        """Add up what the ranks hold of each gradient; after this the rank's shard of `gradient` is the whole model's.
+    def reduce_gradients(self) -> Tensor:
+        """Add up what the ranks hold of each gradient; after this the rank's shard of `gradient` is the global batch's.
 
         Under sequence parallelism a replicated parameter has seen this rank's part of the sequence only. Tied
         embeddings add up over the first and the last stage. Then one reduction over data parallelism.
+
+        Returns: the L2 norm of the whole model's gradient, a scalar equal on every rank; every parameter counts once.
         """
         for name, active in self.blocks.items():
             if self.sequence_parallel:
@@ -88,9 +91,10 @@ class ActiveSet:
                 reduced = torch.empty_like(active.gradient[active.shard])
                 dist.reduce_scatter_tensor(reduced, active.gradient, group=self.groups.data)
                 active.gradient[active.shard] = reduced
+        self.norm = self._gradient_norm()
+        return self.norm
 
-    def gradient_norm(self) -> Tensor:
-        """L2 norm of the whole model's gradient, a scalar equal on every rank; every parameter is counted once."""
+    def _gradient_norm(self) -> Tensor:
         device = next(iter(self.store.blocks[self.role].values())).weights.device
         total = torch.zeros((), dtype=torch.float64, device=device)
         for active in self.blocks.values():
@@ -103,11 +107,11 @@ class ActiveSet:
 
     def step(self, lr: float, max_norm: float | None) -> Tensor:
         """Clip to `max_norm`, update the active blocks; returns the norm before the clip. Needs `reduce_gradients`."""
-        norm = self.gradient_norm()
-        scale = torch.ones_like(norm) if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        unclipped = torch.ones_like(self.norm)
+        scale = unclipped if max_norm is None else (max_norm / (self.norm + 1e-6)).clamp(max=1.0)
         for active in self.blocks.values():
             self._update(active, lr, scale)
-        return norm
+        return self.norm
 
     def _update(self, active: ActiveBlock, lr: float, scale: Tensor) -> None:
         active.num_updates += 1

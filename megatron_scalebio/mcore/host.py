@@ -1,12 +1,14 @@
 """The two models on Megatron-Core, behind the protocol that a bilevel step needs (`bilevel.Models`)."""
 
+import math
+
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
 from megatron_scalebio.active_layers import Role
-from megatron_scalebio.bilevel import NonFiniteLoss, Pass
+from megatron_scalebio.bilevel import NonFinite, Pass
 from megatron_scalebio.config import Config
 from megatron_scalebio.device import read_back
 from megatron_scalebio.mcore.active_set import ActiveSet, data_parallel_shard, gather_weights
@@ -52,8 +54,11 @@ class MegatronModels:
             active_set.zero_gradients()
         sums = self._run(passes, forward_only=False)
         losses = self._add_over_ranks(passes, sums, fingerprint)
-        for active_set in self.active_sets.values():
-            active_set.reduce_gradients()
+        on_device = torch.stack([active_set.reduce_gradients() for active_set in self.active_sets.values()])
+        norms = dict(zip(self.active_sets, read_back(on_device), strict=True))
+        if not all(map(math.isfinite, norms.values())):
+            own = [active.gradient for active_set in self.active_sets.values() for active in active_set.blocks.values()]
+            raise NonFinite(self._first_rank_with_non_finite(own), passes, losses, norms)
         return losses
 
     def evaluate(self, part: Pass) -> float:
@@ -103,7 +108,9 @@ class MegatronModels:
                 shard = data_parallel_shard(block.numel, self.groups)
                 tensors[f"{key}/weights"] = block.weights[shard]
                 if active is not None:
-                    tensors |= {f"{key}/{part}": getattr(active, part) for part in ("master", "exp_avg", "exp_avg_sq")}
+                    rounded = active.master.dtype != block.weights.dtype  # else the master is the weights
+                    parts = ("master", "exp_avg", "exp_avg_sq") if rounded else ("exp_avg", "exp_avg_sq")
+                    tensors |= {f"{key}/{part}": getattr(active, part) for part in parts}
                 elif (role, name) in self.store.masters:
                     tensors[f"{key}/master"] = self.store.masters[role, name]
         cut = (0, self.groups.data.rank(), self.groups.data.size())
@@ -158,11 +165,11 @@ class MegatronModels:
             )
         losses = list(torch.tensor(values, dtype=torch.float64).split([len(part) for part in sums]))
         if not torch.isfinite(torch.tensor(values)).all():
-            raise NonFiniteLoss(self._first_rank_with_non_finite(local), passes, losses)
+            raise NonFinite(self._first_rank_with_non_finite([local]), passes, losses)
         return losses
 
-    def _first_rank_with_non_finite(self, local: Tensor) -> int:
-        bad = not bool(torch.isfinite(local).all())
+    def _first_rank_with_non_finite(self, tensors: list[Tensor]) -> int:
+        bad = not all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
         rank = torch.tensor(self.groups.rank if bad else self.groups.world_size, device=self.device)
         dist.all_reduce(rank, op=dist.ReduceOp.MIN)
         return int(rank)

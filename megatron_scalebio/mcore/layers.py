@@ -1,7 +1,7 @@
 """The modules that the decoder layers are made of, where Megatron-Core's own do not serve.
 
 Packed examples: a micro-batch is one sequence of T = B * S tokens. Attention is kept inside an example; rotary
-positions run on over the whole sequence, which changes nothing, since rotary attention depends on differences only.
+positions run on over the whole sequence, which changes nothing but rounding: rotary attention depends on differences.
 
 Shapes: T tokens of a micro-batch, B rows of S tokens, h query heads and g query groups of this rank, d head size.
 """

@@ -1,7 +1,6 @@
 """Process groups of one layout: the world is a grid of tensor x data x pipeline parallel ranks, tensor innermost."""
 
 import os
-import tempfile
 from dataclasses import dataclass
 
 import torch
@@ -83,6 +82,4 @@ def _start_distributed(device: torch.device) -> None:
     if "RANK" in os.environ:
         dist.init_process_group(backend(device))
         return
-    folder = tempfile.mkdtemp(prefix="megatron_scalebio_")
-    store = dist.FileStore(os.path.join(folder, "store"), 1)
-    dist.init_process_group(backend(device), store=store, rank=0, world_size=1)
+    dist.init_process_group(backend(device), store=dist.HashStore(), rank=0, world_size=1)

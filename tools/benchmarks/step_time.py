@@ -142,6 +142,8 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", metavar="section.key=value")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     rows = QUESTIONS[args.question](args.settings, args.pairs)
     if dist.get_rank() > 0:
         return
