@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_scalebio.config import Config, SourceConfig
+from megatron_scalebio.config import Config, SourceConfig, load_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -37,7 +37,7 @@ def make_config(write):
     """make_config({source: records}, validation records, test records) -> Config with max_length 64."""
 
     def make(sources: dict, validation=None, test=None) -> Config:
-        config = Config()
+        config = load_config(None, [])
         config.data.max_length = 64
         config.data.sources = [SourceConfig(name, write(f"{name}.jsonl", rows)) for name, rows in sources.items()]
         config.data.validation = write("val.jsonl", validation or [{"prompt": "v", "response": "v"}])
