@@ -146,7 +146,7 @@ class Config:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {
-        "bilevel.penalty_alpha": 10.0,
+        "bilevel.penalty_alpha": 1.0,
         "bilevel.logits_optimizer": "adamw",
         "bilevel.logits_lr": 1.0e-2,
         "bilevel.logits_schedule": "constant",
