@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--out", help="JSON file for the numbers")
     parser.add_argument("settings", nargs="*", metavar="section.key=value")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     torch.set_num_threads(1)
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
