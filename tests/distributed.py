@@ -44,29 +44,32 @@ class _Failure:
     text: str
 
 
-def run_distributed(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
+def run_distributed(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT, interpret: bool = False
+) -> list[Any]:
     """Run `function(*args)` on ranks 0 to world_size - 1 and return their results in rank order.
 
     The function is pickled by reference, so it must be importable by its module's name; arguments and results are
     pickled by value, tensors included. Inside, torch.distributed is initialised with gloo and one thread per rank.
     Only a function that catches an expected exception itself keeps the pool for the next test.
+    With `interpret` the ranks run Triton kernels, on the CPU, where the product takes the plain references.
 
     Raises:
         RankError: a rank raised (first traceback in time), died (exit status), or did not answer within `timeout`
             seconds (where each missing rank was).
     """
-    pool = _pools.get(world_size)
+    pool = _pools.get((world_size, interpret))
     if pool is None:
-        pool = _pools[world_size] = _Pool(world_size)
+        pool = _pools[world_size, interpret] = _Pool(world_size, interpret)
     try:
         return pool.call(function, args, timeout)
     except BaseException:  # an interrupt too leaves ranks behind in the call
-        del _pools[world_size]
+        del _pools[world_size, interpret]
         pool.kill()
         raise
 
 
-_pools: dict[int, "_Pool"] = {}
+_pools: dict[tuple[int, bool], "_Pool"] = {}
 
 
 @atexit.register
@@ -78,7 +81,7 @@ def _close_pools() -> None:
 class _Pool:
     """The worker processes of one world size. They end when their connection closes, so never outlive the session."""
 
-    def __init__(self, world_size: int):
+    def __init__(self, world_size: int, interpret: bool):
         self.world_size = world_size
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # port 0: a free one
         self.stacks = tempfile.TemporaryDirectory(prefix="rank_stacks_")
@@ -86,12 +89,13 @@ class _Pool:
         self.connections: list[Connection] = []
         self.processes = []
         context = multiprocessing.get_context("spawn")
-        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):
+        interpreting = {"TRITON_INTERPRET": "1"} if interpret else {}
+        with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", **interpreting):
             for rank in range(world_size):
                 ours, theirs = context.Pipe()
                 # Not daemonic: checkpoint writers are children of the ranks.
                 process = context.Process(
-                    target=_worker, args=(rank, world_size, self.store.port, theirs, self._stack_file(rank))
+                    target=_worker, args=(rank, world_size, interpret, self.store.port, theirs, self._stack_file(rank))
                 )
                 process.start()
                 theirs.close()
@@ -173,8 +177,12 @@ class _Pool:
         self.stacks.cleanup()
 
 
-def _worker(rank: int, world_size: int, port: int, connection: Connection, stack_file: Path) -> None:
+def _worker(rank: int, world_size: int, interpret: bool, port: int, connection: Connection, stack_file: Path) -> None:
     """Serve calls until the connection closes."""
+    if interpret:
+        from tests.interpreter import install
+
+        install()
     torch.set_num_threads(1)
     os.setsid()  # Ctrl-C is the session's to handle; and what the tests start here dies with this process group
     warnings.filterwarnings("ignore", module=r"megatron\.core")  # what is not installed, once per rank and import
