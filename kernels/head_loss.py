@@ -1,21 +1,35 @@
 """Language-model head and weighted cross-entropy over a tensor-parallel vocabulary, in one operation.
 
 The coefficient of every token is known before the forward pass, so the gradients are made in the forward pass, where
-the logits are at hand: they are neither kept nor recomputed. Logits exist for `TOKENS_PER_CHUNK` tokens at a time.
+the logits are at hand: two matrix products with a frozen head, three with one that trains, none computed again. Logits
+exist for a chunk of tokens at a time, in fp32, as the tensor cores accumulate them: the hypergradient is a difference
+of the losses of two nearly equal models, which logits rounded to bf16 would drown in noise. The matrix products are
+the library's; between them stand the two passes of `cross_entropy`, which hands over the gradient in the dtype that
+the tensor cores take. Tokens without loss are not among the N, so they cost nothing here.
 
 Shapes: N tokens that carry loss, H hidden, V vocabulary, V_local this tensor-parallel rank's padded shard.
 """
 
 import torch
-import torch.distributed as dist
+from megatron_scalebio.kernels.cross_entropy import cross_entropy
+from megatron_scalebio.kernels.dispatch import on_triton
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-TOKENS_PER_CHUNK = 1024
+# The weight's fp32 gradient is read and written once per chunk, so a GPU takes large ones: at V_local 19,008 the logits
+# of one and their gradient are 0.5 GB. On a CPU nothing was gained beyond 1,024.
+TOKENS_PER_CHUNK = {"cuda": 4096, "cpu": 1024}
 
 
 def head_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, loss_coef: Tensor, vocab_size: int, group: ProcessGroup
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    loss_coef: Tensor,
+    vocab_size: int,
+    group: ProcessGroup,
+    softcap: float | None = None,
+    main_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum of token losses, and the token losses themselves.
 
@@ -26,6 +40,9 @@ def head_loss(
         loss_coef: [N] fp32 (fp64 where hidden is fp64); the loss is `sum(loss_coef * token_losses)`.
         vocab_size: columns from here on are padding and have no part in the softmax.
         group: the tensor-parallel group.
+        softcap: c in `c * tanh(logits / c)`, which the softmax then takes (Gemma-2).
+        main_grad: [V_local, H] fp32 (fp64) to which the backward pass adds the weight's gradient, unrounded; autograd
+            then hands `weight` none. None: autograd hands it over in the weight's dtype.
 
     Returns:
         The loss: a scalar that carries the gradient to `hidden` (this rank's part: the caller reduces it over `group`)
@@ -33,57 +50,73 @@ def head_loss(
     """
     # Inside a Function's forward everything seems to need a gradient: whether one is wanted is known only here.
     wanted = tuple(torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight))
-    return _HeadLoss.apply(hidden, weight, targets, loss_coef, vocab_size, group, wanted)
+    return _HeadLoss.apply(hidden, weight, targets, loss_coef, vocab_size, group, softcap, main_grad, wanted)
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, loss_coef, vocab_size, group, wanted):
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        head = weight.to(wide)
+    def forward(ctx, hidden, weight, targets, loss_coef, vocab_size, group, softcap, main_grad, wanted):
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        # What the products take: on a GPU the model's dtype, elsewhere, where bf16 is slow, the accumulator's.
+        operand = hidden.dtype if on_triton(hidden) else wide
+        head = weight.to(operand)
         token_losses = torch.empty(len(targets), dtype=wide, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wanted[0] else None
-        grad_weight = torch.zeros_like(head) if wanted[1] else None
-        for start in range(0, len(targets), TOKENS_PER_CHUNK):
-            chunk = slice(start, start + TOKENS_PER_CHUNK)
-            rows = hidden[chunk].to(wide)
-            losses, grad_logits = _cross_entropy(rows @ head.T, targets[chunk], loss_coef[chunk], vocab_size, group)
-            token_losses[chunk] = losses
+        grad_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
+        logits = grad_logits = None
+        for start in range(0, len(targets), TOKENS_PER_CHUNK[hidden.device.type]):
+            chunk = slice(start, start + TOKENS_PER_CHUNK[hidden.device.type])
+            rows = hidden[chunk].to(operand)
+            if logits is None or len(rows) < len(logits):
+                logits = torch.empty(len(rows), len(weight), dtype=wide, device=hidden.device)
+                grad_logits = _gradient_buffer(logits, operand) if any(wanted) else None
+            _multiply(rows, head.T, out=logits)
+            token_losses[chunk] = cross_entropy(
+                *(logits, targets[chunk], loss_coef[chunk], vocab_size, group, softcap, grad_logits),
+                skip_zero=False,  # a source of weight zero still has a loss to report
+            )
             if grad_hidden is not None:
-                grad_hidden[chunk] = (grad_logits @ head).to(hidden.dtype)
+                grad_hidden[chunk] = grad_logits @ head
             if grad_weight is not None:
-                grad_weight.addmm_(grad_logits.T, rows)
+                _add_product(grad_weight, grad_logits.T, rows)
         ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.main_grad = main_grad
         ctx.mark_non_differentiable(token_losses)
         return (loss_coef.to(wide) * token_losses).sum(), token_losses
 
     @staticmethod
     def backward(ctx, grad_loss, _):
-        grad_hidden, grad_weight = (
-            None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors
-        )
-        return grad_hidden, grad_weight, None, None, None, None, None
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
+        if grad_weight is not None and ctx.main_grad is not None:
+            ctx.main_grad.addcmul_(grad_weight, grad_loss)
+            grad_weight = None
+        elif grad_weight is not None:
+            grad_weight = grad_weight * grad_loss
+        return grad_hidden, grad_weight, *(None,) * 7
 
 
-def _cross_entropy(
-    logits: Tensor, targets: Tensor, loss_coef: Tensor, vocab_size: int, group: ProcessGroup
-) -> tuple[Tensor, Tensor]:
-    """Losses [n] and `loss_coef * (softmax - onehot)` [n, V_local]; `logits` [n, V_local] is overwritten."""
-    first = dist.get_rank(group) * logits.shape[1]
-    logits[:, max(0, vocab_size - first) :] = -torch.inf
-    shift = logits.amax(dim=1)
-    dist.all_reduce(shift, op=dist.ReduceOp.MAX, group=group)
+def _gradient_buffer(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where a chunk's gradient is written: over the logits if the products take their dtype."""
+    return logits if logits.dtype == dtype else torch.empty_like(logits, dtype=dtype)
 
-    local = targets - first
-    here = (local >= 0) & (local < logits.shape[1])
-    column = torch.where(here, local, 0).unsqueeze(1)
-    logits -= shift.unsqueeze(1)
-    target_logit = torch.where(here, logits.gather(1, column).squeeze(1), 0.0)
-    exp = logits.exp_()
-    sums = torch.stack([exp.sum(dim=1), target_logit])
-    dist.all_reduce(sums, group=group)
-    total, target_logit = sums
 
-    grad = exp.mul_((loss_coef.to(exp.dtype) / total).unsqueeze(1))
-    grad.scatter_add_(1, column, torch.where(here, -loss_coef.to(grad.dtype), 0.0).unsqueeze(1))
-    return total.log() - target_logit, grad
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b, as accumulated: `out` may be wider than the operands."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    elif a.is_cuda:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, accumulated in the dtype of `total`: bf16 sums over chunks would lose what small tokens add."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))

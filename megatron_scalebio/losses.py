@@ -1,4 +1,4 @@
-"""All normalisation of the project: the coefficient of every loss token, and the losses per source.
+"""All normalisation of the project: the coefficient of every loss token.
 
 With p the source weights, t_e the loss tokens of example e, n_s the examples of its source in the global batch:
 
@@ -7,7 +7,8 @@ With p the source weights, t_e the loss tokens of example e, n_s the examples of
     validation:  loss_coef = 1 / t                         unit "token":   t loss tokens of the validation batch
                  loss_coef = 1 / (n * t_e)                 unit "example"
 
-The counts are global and known before the forward pass, so sums over micro-batches and ranks are exact means.
+The counts are global and known before the forward pass, so sums over micro-batches and ranks are exact means: with
+`mean_coef`, loss_coef without alpha * p, `kernels.loss_sums` adds token losses up to the mean loss of each source.
 
 Shapes: N positions of a micro-batch that carry loss, K sources.
 """
@@ -56,18 +57,3 @@ def evaluation_coefs(example_loss_tokens: Tensor, num_examples: int, num_loss_to
     else:
         mean_coef = 1.0 / (num_examples * example_loss_tokens.double())
     return TokenCoefs(mean_coef, mean_coef)
-
-
-def source_sums(token_losses: Tensor, mean_coef: Tensor, source_ids: Tensor, num_sources: int) -> Tensor:
-    """Mean losses per source of one micro-batch's tokens: [K] fp64.
-
-    Args:
-        token_losses: [N] raw losses.
-        mean_coef: [N] fp64.
-        source_ids: [N].
-
-    A masked sum per source: the order of additions is fixed, where atomics would change it from run to run.
-    """
-    contributions = token_losses.double() * mean_coef
-    sources = torch.arange(num_sources, device=source_ids.device)
-    return torch.where(source_ids == sources.unsqueeze(1), contributions, 0.0).sum(dim=1)

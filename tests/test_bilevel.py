@@ -11,13 +11,13 @@ import math
 
 import pytest
 import torch
+from megatron_scalebio.kernels.loss_sums import sums_by_id
 from torch import Tensor
 
 from megatron_scalebio.active_layers import Role
 from megatron_scalebio.bilevel import Bilevel, NonFinite, Pass
 from megatron_scalebio.config import Config, load_config
 from megatron_scalebio.data import MicroBatch, StepBatch
-from megatron_scalebio.losses import source_sums
 from megatron_scalebio.source_weights import SourceWeights
 
 NUM_SOURCES, SIZE = 3, 4
@@ -66,7 +66,7 @@ class Quadratics:
 
     def _sums(self, part: Pass) -> Tensor:
         losses = losses_of(part.split)(self.x[part.role])
-        return source_sums(losses, part.coefs[0].mean_coef, part.micro_batches[0].source_ids, part.num_sources)
+        return sums_by_id(losses, part.coefs[0].mean_coef, part.micro_batches[0].source_ids, part.num_sources)
 
 
 def losses_of(split: str):

@@ -1,12 +1,12 @@
 """Coefficients against the definition of the losses, written out example by example."""
 
-import math
 from fractions import Fraction
 
 import pytest
 import torch
+from megatron_scalebio.kernels.loss_sums import sums_by_id
 
-from megatron_scalebio.losses import evaluation_coefs, source_sums, train_coefs
+from megatron_scalebio.losses import evaluation_coefs, train_coefs
 
 # Examples of the global batch: (source, the losses of its loss tokens). Source 3 is absent.
 EXAMPLES = [(0, [3.0, 1.5, 2.25]), (0, [0.5]), (1, [4.0, 0.125]), (2, [1.0] * 7), (0, [2.0, 5.0])]
@@ -41,7 +41,7 @@ def test_coefficients_give_each_source_its_mean_loss_and_the_model_the_weighted_
         sources, counts, losses = tokens(EXAMPLES[part::num_parts])
         coefs = train_coefs(sources, counts, NUM_EXAMPLES, NUM_LOSS_TOKENS, WEIGHTS, unit)
         assert coefs.mean_coef.dtype == coefs.loss_coef.dtype == torch.float64
-        means += source_sums(losses, coefs.mean_coef, sources, NUM_SOURCES)
+        means += sums_by_id(losses, coefs.mean_coef, sources, NUM_SOURCES)
         weighted += (coefs.loss_coef * losses).sum().item()
     expected = [mean_loss(source, unit) for source in range(NUM_SOURCES)]
     assert means.tolist() == pytest.approx(expected, rel=1e-15)
@@ -64,28 +64,5 @@ def test_a_micro_batch_without_loss_tokens_adds_nothing():
     none = torch.zeros(0, dtype=torch.int64)
     for unit in ("example", "token"):
         coefs = train_coefs(none, none, NUM_EXAMPLES, NUM_LOSS_TOKENS, WEIGHTS, unit)
-        assert torch.equal(source_sums(none.float(), coefs.mean_coef, none, NUM_SOURCES), torch.zeros(4).double())
+        assert torch.equal(sums_by_id(none.float(), coefs.mean_coef, none, NUM_SOURCES), torch.zeros(4).double())
         assert len(evaluation_coefs(none, 5, 15, unit).mean_coef) == 0
-
-
-def test_source_sums_are_exact_and_the_same_bits_every_time():
-    generator = torch.Generator().manual_seed(0)
-    losses = torch.randn(4000, generator=generator) * 10
-    coefs = torch.rand(4000, generator=generator, dtype=torch.float64)
-    sources = torch.randint(5, (4000,), generator=generator)
-    sums = source_sums(losses, coefs, sources, 6)
-    for source in range(6):
-        own = (losses.double() * coefs)[sources == source].tolist()
-        assert sums[source].item() == pytest.approx(math.fsum(own), abs=1e-12 * sum(map(abs, own)))
-    assert all(torch.equal(source_sums(losses, coefs, sources, 6), sums) for _ in range(10))
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_non_finite_loss_stays_in_its_source(bad):
-    sources, counts, losses = tokens(EXAMPLES)
-    coefs = train_coefs(sources, counts, NUM_EXAMPLES, NUM_LOSS_TOKENS, WEIGHTS, "example")
-    good = source_sums(losses, coefs.mean_coef, sources, NUM_SOURCES)
-    losses[3] = bad  # of source 0
-    sums = source_sums(losses, coefs.mean_coef, sources, NUM_SOURCES)
-    assert not sums[0].isfinite()
-    assert torch.equal(sums[1:], good[1:])

@@ -14,7 +14,8 @@ from torch.nn import Parameter
 
 from megatron_scalebio.active_layers import Role
 from megatron_scalebio.config import Config
-from megatron_scalebio.kernels.adamw import adamw_update, sum_of_squares
+from megatron_scalebio.kernels.adamw import adamw_update
+from megatron_scalebio.kernels.sum_of_squares import sum_of_squares
 from megatron_scalebio.mcore.process_groups import ProcessGroups
 from megatron_scalebio.mcore.weight_store import Block, Region, WeightStore
 
@@ -116,22 +117,20 @@ class ActiveSet:
     def _update(self, active: ActiveBlock, lr: float, scale: Tensor) -> None:
         active.num_updates += 1
         weights, gradient = active.block.weights[active.shard], active.gradient[active.shard]
-        same = active.master.dtype == weights.dtype
-        for region, local in active.local_regions():
-            master = active.master[local]
-            adamw_update(
-                master if same else weights[local],
-                master,
-                gradient[local],
-                active.exp_avg[local],
-                active.exp_avg_sq[local],
-                step=active.num_updates,
-                lr=lr,
-                betas=tuple(self.optimizer.betas),
-                eps=self.optimizer.eps,
-                weight_decay=self.optimizer.weight_decay if region.decay else 0.0,
-                gradient_scale=scale.to(gradient.dtype),
-            )
+        adamw_update(
+            active.master if active.master.dtype == weights.dtype else weights,
+            active.master,
+            gradient,
+            active.exp_avg,
+            active.exp_avg_sq,
+            num_decayed=min(max(active.block.num_decayed - active.shard.start, 0), len(gradient)),
+            step=active.num_updates,
+            lr=lr,
+            betas=tuple(self.optimizer.betas),
+            eps=self.optimizer.eps,
+            weight_decay=self.optimizer.weight_decay,
+            gradient_scale=scale.to(gradient.dtype),
+        )
         gather_weights(active.block, self.groups)
 
     def _thaw(self, name: str) -> None:
@@ -176,6 +175,10 @@ def gather_weights(block: Block, groups: ProcessGroups) -> None:
 
 
 def _accumulate_in_master_dtype(parameter: Parameter) -> None:
-    """Move a micro-batch's gradient, in the compute dtype, into the fp32 sum over micro-batches."""
-    parameter.main_grad.add_(parameter.grad)
-    parameter.grad = None
+    """Move a micro-batch's gradient, in the compute dtype, into the fp32 sum over micro-batches.
+
+    The head's has been added there by `head_loss`: autograd calls this all the same, with none.
+    """
+    if parameter.grad is not None:
+        parameter.main_grad.add_(parameter.grad)
+        parameter.grad = None

@@ -24,7 +24,8 @@ from megatron_scalebio.active_layers import Role
 from megatron_scalebio.bilevel import Pass
 from megatron_scalebio.data.batch import MicroBatch
 from megatron_scalebio.kernels.head_loss import head_loss
-from megatron_scalebio.losses import TokenCoefs, source_sums
+from megatron_scalebio.kernels.loss_sums import sums_by_id
+from megatron_scalebio.losses import TokenCoefs
 from megatron_scalebio.mcore.layers import attention_class
 from megatron_scalebio.mcore.process_groups import ProcessGroups
 
@@ -80,13 +81,15 @@ class DualModel(torch.nn.Module):
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden_states, group=self.groups.tensor)
         micro_batch = context.micro_batch
+        weight = output_layer.weight if output_weight is None else output_weight
         return head_loss(
             hidden.squeeze(1).index_select(0, micro_batch.loss_positions),
-            output_layer.weight if output_weight is None else output_weight,
+            weight,
             micro_batch.targets,
             context.coefs.loss_coef,
             self.vocab_size,
             self.groups.tensor,
+            main_grad=getattr(weight, "main_grad", None),  # a frozen weight has none
         )
 
 
@@ -114,7 +117,7 @@ def run_flush(chunk: DualModel, passes: list[Pass], forward_only: bool = False) 
     def collect(task: Task, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, None]:
         loss, token_losses = output
         mean_coef, sources = task.coefs.mean_coef, task.micro_batch.source_ids
-        sums[task.pass_index] += source_sums(token_losses, mean_coef, sources, len(sums[task.pass_index]))
+        sums[task.pass_index] += sums_by_id(token_losses, mean_coef, sources, len(sums[task.pass_index]))
         return loss, torch.zeros((), dtype=torch.int, device=device), None
 
     def forward_step(iterator: Iterator[Task], model: DualModel):

@@ -5,8 +5,8 @@ the same in both models and is stored once ("shared until thawed"): the first th
 copy of its own. Below fp32 a frozen block's exact master survives on the host, this rank's data-parallel shard of it:
 rounding it back would swallow updates smaller than the rounding.
 
-A flat tensor is padded to a multiple of the data-parallel size. Within it matrices come first, then vectors that are
-sharded over tensor parallelism, then replicated ones: weight decay and the counting in global norms are by region.
+A flat tensor is padded to a multiple of the data-parallel size. Within it matrices come first, which are decayed, then
+vectors that are sharded over tensor parallelism, then replicated ones: the counting in global norms is by region.
 """
 
 from dataclasses import dataclass, field
@@ -20,11 +20,10 @@ from megatron_scalebio.mcore.parameters import NamedParameter
 
 @dataclass(frozen=True)
 class Region:
-    """A range of a flat block whose parameters are treated alike."""
+    """A range of a flat block whose parameters count alike."""
 
     start: int
     stop: int
-    decay: bool  # weight decay: matrices only, never norms and biases
     replicated: bool  # over tensor parallelism
     duplicate: bool  # counted in global norms on another rank
 
@@ -37,6 +36,7 @@ class Block:
     parameters: list[NamedParameter]
     offsets: list[int]  # of each parameter in the flat tensor
     regions: list[Region]
+    num_decayed: int  # weight decay: matrices only, which come first, never norms and biases
     numel: int  # of the flat tensor, padding included
     weights: Tensor = field(repr=False, default=None)  # [numel], compute dtype
 
@@ -63,23 +63,26 @@ def make_blocks(parameters: list[NamedParameter], data_parallel_size: int) -> di
 
 
 def _make_block(name: str, parameters: list[NamedParameter], data_parallel_size: int) -> Block:
-    def treatment(parameter: NamedParameter) -> tuple[bool, bool, bool]:
-        return parameter.tensor.ndim < 2, parameter.shard_dim is None, parameter.duplicate
+    def is_vector(parameter: NamedParameter) -> bool:
+        return parameter.tensor.ndim < 2
 
-    ordered = sorted(parameters, key=treatment)
+    def counting(parameter: NamedParameter) -> tuple[bool, bool]:
+        return parameter.shard_dim is None, parameter.duplicate
+
+    ordered = sorted(parameters, key=lambda parameter: (is_vector(parameter), *counting(parameter)))
     offsets, regions, offset = [], [], 0
     for parameter in ordered:
-        is_vector, replicated, duplicate = treatment(parameter)
         stop = offset + parameter.tensor.numel()
-        if offsets and treatment(ordered[len(offsets) - 1]) == treatment(parameter):
+        if offsets and counting(ordered[len(offsets) - 1]) == counting(parameter):
             start = regions.pop().start
         else:
             start = offset
         offsets.append(offset)
-        regions.append(Region(start, stop, not is_vector, replicated, duplicate))
+        regions.append(Region(start, stop, *counting(parameter)))
         offset = stop
+    num_decayed = sum(parameter.tensor.numel() for parameter in ordered if not is_vector(parameter))
     numel = -(-offset // data_parallel_size) * data_parallel_size
-    block = Block(name, ordered, offsets, regions, numel)
+    block = Block(name, ordered, offsets, regions, num_decayed, numel)
     first = ordered[0].tensor
     flat = torch.zeros(numel, dtype=first.dtype, device=first.device)
     for parameter, view in zip(ordered, block.views(flat), strict=True):

@@ -52,6 +52,7 @@ class Case:
     steps: int = 5
     sources_of_step: tuple[tuple[int, ...], ...] = SOURCES_OF_STEP
     num_sources: int = 3
+    interpret: bool = False  # run the Triton kernels, where the CPU takes their references
 
     @property
     def config(self) -> Config:
@@ -234,7 +235,7 @@ def take_steps(case: Case) -> tuple[Place, list[Step]]:
 
 def run_case(case: Case) -> list[Step]:
     """The steps of a case, of full tensors. Fails where ranks hold different copies of anything."""
-    ranks = run_distributed(case.world_size, take_steps, case)
+    ranks = run_distributed(case.world_size, take_steps, case, interpret=case.interpret)
     places = [place for place, _ in ranks]
     return [join_step(places, list(steps)) for steps in zip(*(steps for _, steps in ranks), strict=True)]
 

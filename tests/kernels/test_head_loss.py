@@ -1,15 +1,16 @@
-"""The fused head and loss against autograd through plain cross-entropy, and AdamW against torch's.
+"""The fused head and loss, with the references and with the kernels, against autograd through plain cross-entropy.
 
 Shapes: N tokens, H hidden, V vocabulary before padding, V_local a rank's padded shard.
 """
 
+from itertools import product
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from megatron_scalebio.kernels import head_loss as module
-from megatron_scalebio.kernels.adamw import adamw_update, sum_of_squares
+from megatron_scalebio.kernels.dispatch import on_triton
 from megatron_scalebio.kernels.head_loss import head_loss
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -31,13 +32,24 @@ def test_loss_and_gradients_equal_autograd_through_plain_cross_entropy_in_fp64(w
     run_distributed(world_size, check_fp64)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_low_precision_errs_no_more_than_plain_code_of_the_same_precision(world_size):
-    run_distributed(world_size, check_low_precision)
+@pytest.mark.parametrize("interpret", [False, True], ids=["references", "kernels"])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_low_precision_errs_no_more_than_plain_code_of_the_same_precision(world_size, interpret):
+    run_distributed(world_size, check_low_precision, interpret=interpret)
 
 
 def test_a_frozen_weight_gets_no_gradient_and_the_gradient_of_the_scalar_counts():
     run_distributed(1, check_what_needs_a_gradient)
+
+
+@pytest.mark.parametrize("interpret", [False, True], ids=["references", "kernels"])
+def test_the_weights_gradient_is_added_to_main_grad_unrounded(interpret):
+    run_distributed(1, check_main_grad, interpret=interpret)
+
+
+@pytest.mark.parametrize("interpret", [False, True], ids=["references", "kernels"])
+def test_the_difference_of_two_nearly_equal_models_is_not_drowned_in_rounding(interpret):
+    run_distributed(2, check_difference, interpret=interpret)
 
 
 def inputs(size: tuple[int, int, int, int, float], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -54,21 +66,23 @@ def inputs(size: tuple[int, int, int, int, float], dtype: torch.dtype) -> tuple[
     return hidden.to(dtype), weight.to(dtype), targets, coefs
 
 
-def plain(hidden, weight, targets, coefs, vocab_size, logits_dtype):
+def plain(hidden, weight, targets, coefs, vocab_size, logits_dtype, softcap=None):
     """Losses and gradients by autograd; logits of padding do not exist."""
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     logits = (hidden @ weight[:vocab_size].T).to(logits_dtype)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     losses = cross_entropy(logits, targets, reduction="none")
     grads = torch.autograd.grad((coefs.to(logits_dtype) * losses).sum(), (hidden, weight))
     return losses.detach(), *grads
 
 
-def sharded(hidden, weight, targets, coefs, vocab_size):
+def sharded(hidden, weight, targets, coefs, vocab_size, softcap=None):
     """The operation on this rank's rows of the weight; whole results, with what came out of `torch.empty` poisoned."""
     rank, size = dist.get_rank(), dist.get_world_size()
     hidden, shard = hidden.clone().requires_grad_(), weight.chunk(size)[rank].clone().requires_grad_()
     with poisoned_memory():
-        loss, losses = head_loss(hidden, shard, targets, coefs, vocab_size, dist.group.WORLD)
+        loss, losses = head_loss(hidden, shard, targets, coefs, vocab_size, dist.group.WORLD, softcap)
         assert not losses.requires_grad
         loss.backward()
     total = (coefs.to(losses.dtype) * losses).sum()
@@ -100,27 +114,31 @@ def check_fp64() -> None:
     for size in SIZES:
         vocab_size = size[2]
         hidden, weight, targets, coefs = inputs(size, torch.float64)
-        expected = plain(hidden, weight, targets, coefs, vocab_size, torch.float64)
         if size[4] > 10:
             assert (hidden @ weight.T).abs().max() > 60
-        for tokens_per_chunk in (1024, 10):
-            with mock.patch.object(module, "TOKENS_PER_CHUNK", tokens_per_chunk):
-                found = sharded(hidden, weight, targets, coefs, vocab_size)
+        for softcap, tokens_per_chunk in ((None, 1024), (None, 10), (30.0, 10)):
+            expected = plain(hidden, weight, targets, coefs, vocab_size, torch.float64, softcap)
+            with mock.patch.dict(module.TOKENS_PER_CHUNK, cpu=tokens_per_chunk):
+                found = sharded(hidden, weight, targets, coefs, vocab_size, softcap)
             for mine, truth in zip(found, expected, strict=True):
                 torch.testing.assert_close(mine, truth, rtol=1e-12, atol=1e-13)
-        assert not found[2][vocab_size:].any(), "padding got a gradient"
+            assert not found[2][vocab_size:].any(), "padding got a gradient"
 
 
 def check_low_precision() -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        for size in SIZES[2:]:
+    """Errors in the 2-norm at most 1.5 times those of plain code. TP ranks round their parts of the hidden states'
+    gradient, as Megatron's own layers do, so those may differ by an ulp each."""
+    for dtype, softcap in product((torch.float32, torch.bfloat16), (None, 30.0)):
+        for size in SIZES[1:]:
             hidden, weight, targets, coefs = inputs(size, dtype)
-            truth = plain(hidden.double(), weight.double(), targets, coefs, size[2], torch.float64)
-            usual = plain(hidden, weight, targets, coefs.float(), size[2], torch.float32)
-            found = sharded(hidden, weight, targets, coefs.float(), size[2])
-            for mine, theirs, exact in zip(found, usual, truth, strict=True):
+            truth = plain(hidden.double(), weight.double(), targets, coefs, size[2], torch.float64, softcap)
+            usual = plain(hidden, weight, targets, coefs.float(), size[2], torch.float32, softcap)
+            with mock.patch.dict(module.TOKENS_PER_CHUNK, cpu=10):
+                found = sharded(hidden, weight, targets, coefs.float(), size[2], softcap)
+            for name, mine, theirs, exact in zip(("losses", "hidden", "weight"), found, usual, truth, strict=True):
                 error, allowed = (mine.double() - exact).norm(), (theirs.double() - exact).norm()
-                assert error <= 1.5 * allowed + 1e-7 * exact.norm(), (dtype, size, error, allowed)
+                ulp = 2**-23 if name == "losses" else torch.finfo(dtype).eps
+                assert error <= 1.5 * allowed + ulp * exact.norm(), (name, dtype, softcap, size, error, allowed)
 
 
 def check_what_needs_a_gradient() -> None:
@@ -140,32 +158,39 @@ def check_what_needs_a_gradient() -> None:
     assert not loss.requires_grad and losses.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_adamw_update_is_torchs_adamw_on_the_master(dtype):
-    """With bf16 weights the master is torch's fp32 parameter, and the weights are its rounding."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    generator = torch.Generator().manual_seed(0)
-    parameter = torch.randn(50, generator=generator, dtype=wide).requires_grad_()
-    adamw = torch.optim.AdamW([parameter], betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
-    master = parameter.detach().clone()
-    weights = master.to(dtype) if dtype != wide else master
-    moments = torch.zeros(2, 50, dtype=wide)
-    for step in range(1, 8):
-        gradient = torch.randn(50, generator=generator, dtype=wide)
-        kept, scale = gradient.clone(), torch.tensor(0.5 if step % 2 else 1.0, dtype=wide)
-        adamw.param_groups[0]["lr"] = lr = 0.1 / step
-        parameter.grad = gradient * scale
-        adamw.step()
-        adamw_update(
-            *(weights, master, gradient, moments[0], moments[1]),
-            **dict(step=step, lr=lr, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1, gradient_scale=scale),
-        )
-        precision = torch.finfo(wide).eps
-        torch.testing.assert_close(master, parameter.detach(), rtol=10 * precision, atol=10 * precision)
-        assert torch.equal(weights, master.to(dtype))
-        assert torch.equal(gradient, kept), "the gradient is needed after the update, for the record"
+def check_main_grad() -> None:
+    """Two chunks and two calls, as micro-batches make them: what bf16 would have swallowed is there."""
+    size = SIZES[3]
+    hidden, weight, targets, coefs = inputs(size, torch.bfloat16)
+    weight.requires_grad_()
+    kept = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    main_grad = kept.clone()
+    for _ in range(2):
+        with mock.patch.dict(module.TOKENS_PER_CHUNK, cpu=40):
+            loss, _ = head_loss(hidden, weight, targets, coefs.float(), size[2], dist.group.WORLD, main_grad=main_grad)
+        (-0.5 * loss).backward()
+    assert weight.grad is None
+    gradient = plain(hidden.double(), weight.detach().double(), targets, coefs, size[2], torch.float64)[2]
+    error = (main_grad - kept + gradient).norm() / gradient.norm()
+    # The kernels' products take the logits' gradient in bf16, as plain code of that precision does; its sum is fp32.
+    assert error <= 2**-9 if on_triton(hidden) else error <= 1e-6, error
 
 
-def test_sum_of_squares_is_accumulated_in_fp64():
-    gradient = torch.full((10_000,), 1e-3) + torch.arange(10_000) * 1e-9
-    assert sum_of_squares(gradient).item() == pytest.approx((gradient.double() ** 2).sum().item(), rel=1e-12)
+def check_difference() -> None:
+    """Token losses of upper minus lower, as the hypergradient takes them: the models are as close as AdamW leaves them
+    after a period. Logits rounded to bf16 give an error of the size of the difference itself."""
+    size = (200, 64, 500, 512, 3.0)
+    hidden, weight, targets, coefs = inputs(size, torch.bfloat16)
+    generator = torch.Generator().manual_seed(2)
+    moved = (hidden.float() * (1 + 4e-3 * torch.randn(hidden.shape, generator=generator))).bfloat16()
+    exact, found, rounded = [], [], []
+    for states in (hidden, moved):
+        exact.append(plain(states.double(), weight.double(), targets, coefs, size[2], torch.float64)[0])
+        found.append(sharded(states, weight, targets, coefs.float(), size[2])[0].double())
+        logits = (states @ weight[: size[2]].T).float()
+        rounded.append(cross_entropy(logits, targets, reduction="none").double())
+    truth, ours, bf16 = (upper - lower for lower, upper in (exact, found, rounded))
+    noise, usual, signal = (ours - truth).norm(), (bf16 - truth).norm(), truth.norm()
+    assert 1e-3 < truth.square().mean().sqrt() < 1e-1
+    assert noise <= 1e-4 * signal, (noise, signal)
+    assert usual >= 0.2 * signal, "the test's models are too far apart to show anything"
