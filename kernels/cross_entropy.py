@@ -68,7 +68,8 @@ def cross_entropy_reference(logits, targets, loss_coef, vocab_size, group, softc
         column = torch.where(here, local, 0).unsqueeze(1)
         own_max = valid.amax(dim=1)
         target_logit = torch.where(here, valid.gather(1, column).squeeze(1), 0.0)
-        exp = valid.sub_(own_max.unsqueeze(1)).exp_()
+        finite = own_max.clamp(min=torch.finfo(valid.dtype).min)  # -inf - -inf would be NaN
+        exp = valid.sub_(finite.unsqueeze(1)).exp_()
         torch.stack([own_max, exp.sum(dim=1), target_logit], out=statistics)
     else:
         statistics[0] = -torch.inf

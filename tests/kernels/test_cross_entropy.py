@@ -6,12 +6,14 @@ Shapes: N tokens, V vocabulary before padding, V_local a rank's padded shard.
 """
 
 from dataclasses import dataclass
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 import triton
 import triton.language as tl
+from megatron_scalebio.kernels import cross_entropy as module
 from megatron_scalebio.kernels.cross_entropy import _tanh, cross_entropy
 from torch import Tensor
 from torch.nn.functional import cross_entropy as torchs_cross_entropy
@@ -26,6 +28,7 @@ class Case:
     padded: int  # columns of all ranks together
     scale: float = 1.0  # of the logits
     softcap: float | None = None
+    confident: bool = False  # the target is the likeliest entry: small losses of large logits
 
     def inputs(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Logits [N, V padded], NaN in the padding; targets; coefficients of both signs, tiny ones and zeros."""
@@ -34,6 +37,8 @@ class Case:
         logits[:, self.vocab_size :] = torch.nan
         targets = torch.randint(self.vocab_size, (self.num_tokens,), generator=generator)
         targets[:1] = self.vocab_size - 1
+        if self.confident:
+            targets = logits[:, : self.vocab_size].argmax(dim=1)
         coefs = torch.randn(self.num_tokens, generator=generator, dtype=torch.float64)
         coefs[2::5], coefs[1::4] = 1e-8, 0.0
         return logits.to(dtype), targets, coefs.to(torch.promote_types(dtype, torch.float32))
@@ -56,6 +61,7 @@ CASES = [
     Case(29, 100, 128),
     Case(6, 60, 128),  # four ranks: two of them hold padding alone
     Case(13, 60, 64, scale=30.0),  # logits up to 100
+    Case(13, 60, 64, scale=30.0, confident=True),
     Case(29, 100, 128, softcap=30.0),
     Case(13, 60, 64, scale=30.0, softcap=30.0),
     Case(7, 90, 128, scale=0.1, softcap=2.0),
@@ -84,6 +90,10 @@ def test_a_token_that_counts_nothing_is_not_read(world_size, interpret):
 @pytest.mark.parametrize("interpret", [False, True], ids=["reference", "kernels"])
 def test_a_non_finite_logit_makes_its_own_loss_non_finite_and_no_other(interpret):
     run_distributed(2, check_non_finite, interpret=interpret)
+
+
+def test_rows_past_two_to_the_31_are_found():
+    run_distributed(1, check_large_offsets, interpret=True)
 
 
 def run(case: Case, dtype: torch.dtype, grad_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,7 +148,7 @@ def check_low_precision(kernels: bool) -> None:
 
 
 def check_masked() -> None:
-    for case in CASES[1], CASES[4], CASES[7]:
+    for case in CASES[1], CASES[5], CASES[8]:
         logits, targets, coefs = case.inputs(torch.float32)
         masked = coefs == 0
         assert 0 < masked.sum() < len(masked)
@@ -148,7 +158,9 @@ def check_masked() -> None:
                 masked = coefs == 0
             shard = logits.chunk(dist.get_world_size(), dim=1)[dist.get_rank()].clone()
             shard[masked] = torch.nan
-            losses = cross_entropy(shard, targets, coefs, case.vocab_size, dist.group.WORLD, case.softcap, shard)
+            with mock.patch.object(module, "_whole_vocabulary", wraps=module._whole_vocabulary) as exchange:
+                losses = cross_entropy(shard, targets, coefs, case.vocab_size, dist.group.WORLD, case.softcap, shard)
+            assert exchange.call_args.args[0].isfinite().all(), "a row of NaN was read"
             true_losses, true_grad = case.truth(logits, targets, coefs)
             torch.testing.assert_close(losses, torch.where(masked, 0.0, true_losses), rtol=2e-6, atol=2e-6)
             torch.testing.assert_close(whole(shard), true_grad, rtol=2e-6, atol=1e-7)
@@ -160,7 +172,7 @@ def check_non_finite() -> None:
     for bad in (torch.nan, torch.inf):
         logits, targets, coefs = case.inputs(torch.float32)
         coefs[:] = 1.0
-        logits[5, 70], logits[9, :50] = bad, -torch.inf  # the second leaves entries to choose from, on the other rank
+        logits[5, 70], logits[9, :64] = bad, -torch.inf  # the second leaves entries to choose from, on the other rank
         targets[9] = 80
         shard = logits.chunk(2, dim=1)[dist.get_rank()].clone()
         losses = cross_entropy(shard, targets, coefs, case.vocab_size, dist.group.WORLD, None, shard)
@@ -170,6 +182,16 @@ def check_non_finite() -> None:
 
 def test_the_polynomial_and_the_formula_of_tanh_meet():
     run_distributed(1, check_tanh, interpret=True)
+
+
+def check_large_offsets() -> None:
+    """Three short rows, far apart in memory of which only they are touched."""
+    case = Case(3, 250, 256)
+    values, targets, coefs = case.inputs(torch.bfloat16)
+    stride = 2**30 + 64
+    logits = torch.empty(2 * stride + 256, dtype=torch.bfloat16).as_strided((3, 256), (stride, 1)).copy_(values)
+    losses = [cross_entropy(x, targets, coefs, 250, dist.group.WORLD, grad=x) for x in (logits, values)]
+    assert torch.equal(*losses) and torch.equal(logits, values)
 
 
 @triton.jit

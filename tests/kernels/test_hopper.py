@@ -1,7 +1,8 @@
 """What sm_90 would run of the kernels that are bound by memory, at the shapes of Qwen-2.5-32B under TP8.
 
 Spills and narrow accesses cost bandwidth outright; registers bound how many programs an SM holds, and so how many
-loads are in flight. Budgets are what the compiler gave, rounded up to a multiple of 8, the unit of allocation.
+loads are in flight. Budgets are what the compilers of Triton 3.6 and 3.7 gave, rounded up to a multiple of 8, the unit of
+allocation.
 """
 
 import contextlib
@@ -65,7 +66,7 @@ LAUNCHES = {
     ),
     "cross-entropy, bf16 in place": (
         *(launch_cross_entropy, BF16, BF16, None),
-        [Budget("_statistics_kernel", 80, 4, 0, 33), Budget("_gradient_kernel", 40, 4, 4, 32)],
+        [Budget("_statistics_kernel", 80, 4, 0, 33), Budget("_gradient_kernel", 48, 4, 4, 32)],
     ),
     "cross-entropy, fp32 to bf16, softcap": (
         *(launch_cross_entropy, FP32, BF16, 30.0),
@@ -89,7 +90,7 @@ def test_a_kernel_keeps_to_its_budget(name):
             kernel.count("STG.E.128"),
             kernel.count("MUFU.EX2"),
         )
-        assert kernel.spills == kernel.stack_bytes == 0, kernel
+        assert kernel.spills == kernel.stack_bytes == 0 and kernel.shared_bytes <= 4096, kernel
         assert found.registers <= budget.registers and found.exponentials <= budget.exponentials, (found, budget)
         assert (found.name, found.wide_loads, found.wide_stores) == (
             *(budget.name, budget.wide_loads, budget.wide_stores),

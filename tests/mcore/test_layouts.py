@@ -106,6 +106,17 @@ def test_a_step_with_the_kernels_gives_the_fp64_result_to_rounding(precision, la
                 assert off.mean() <= 1e-5 and off.max() <= 2e-3, f"{role} {name}: {off.mean()}, {off.max()}"
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_heads_gradient_is_not_rounded_to_the_compute_dtype(tied):
+    """With all of lower's examples in one micro-batch, whatever goes through autograd is a bf16 number."""
+    overrides = ("precision.compute=bf16", "data.micro_batch_size=9", *([TIED] if tied else []))
+    (step,) = run_case(Case(overrides, steps=1))
+    gradients = step.gradients[Role.LOWER]
+    head = "embedding.word_embeddings.weight" if tied else "output_layer.weight"
+    for name in (head, "decoder.final_layernorm.weight"):
+        assert torch.equal(gradients[name], gradients[name].bfloat16().float()) == (name != head), name
+
+
 def check_first_step(case: Case, relative: float) -> list[Step]:
     """One step: after it, AdamW turns the sign of a rounded gradient near 0 into a move of the size lr."""
     steps = run_case(case)
