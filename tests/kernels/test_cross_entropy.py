@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy as torchs_cross_entropy
 
 from tests.distributed import run_distributed
+from tests.guarded_memory import guarded, poisoned_memory
 
 
 @dataclass(frozen=True)
@@ -99,11 +100,12 @@ def test_rows_past_two_to_the_31_are_found():
 def run(case: Case, dtype: torch.dtype, grad_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Losses and gradient of this rank's columns, and the logits afterwards. No `grad_dtype`: in place."""
     logits, targets, coefs = case.inputs(dtype)
-    shard = logits.chunk(dist.get_world_size(), dim=1)[dist.get_rank()].clone()
-    grad = shard if grad_dtype is None else torch.full_like(shard, torch.nan, dtype=grad_dtype)
-    losses = cross_entropy(
-        *(shard, targets, coefs, case.vocab_size, dist.group.WORLD, case.softcap, grad), skip_zero=False
-    )
+    shard, targets, coefs = map(guarded, (logits.chunk(dist.get_world_size(), dim=1)[dist.get_rank()], targets, coefs))
+    with poisoned_memory():
+        grad = shard if grad_dtype is None else torch.empty_like(shard, dtype=grad_dtype)
+        losses = cross_entropy(
+            *(shard, targets, coefs, case.vocab_size, dist.group.WORLD, case.softcap, grad), skip_zero=False
+        )
     every = [torch.empty_like(losses) for _ in range(dist.get_world_size())]
     dist.all_gather(every, losses)
     assert all(torch.equal(other, losses) for other in every), "ranks hold different token losses"

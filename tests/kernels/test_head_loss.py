@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from tests.distributed import run_distributed
+from tests.guarded_memory import guarded, poisoned_memory
 
 # N, H, V, padded V, deviation of the logits. On 4 ranks the padded 128 leave one with padding alone.
 SIZES = [
@@ -80,7 +81,7 @@ def plain(hidden, weight, targets, coefs, vocab_size, logits_dtype, softcap=None
 def sharded(hidden, weight, targets, coefs, vocab_size, softcap=None):
     """The operation on this rank's rows of the weight; whole results, with what came out of `torch.empty` poisoned."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    hidden, shard = hidden.clone().requires_grad_(), weight.chunk(size)[rank].clone().requires_grad_()
+    hidden, shard = (guarded(tensor).requires_grad_() for tensor in (hidden, weight.chunk(size)[rank]))
     with poisoned_memory():
         loss, losses = head_loss(hidden, shard, targets, coefs, vocab_size, dist.group.WORLD, softcap)
         assert not losses.requires_grad
@@ -95,19 +96,6 @@ def sharded(hidden, weight, targets, coefs, vocab_size, softcap=None):
     dist.all_gather(gathered, losses)
     assert all(torch.equal(other, losses) for other in gathered), "ranks hold different token losses"
     return losses, grad_hidden, torch.cat(grads)
-
-
-def poisoned_memory():
-    """Memory that is allocated without being written holds NaN, so that a number that is never computed shows."""
-    empty, empty_like = torch.empty, torch.empty_like
-
-    def poison(factory):
-        return lambda *args, **kwargs: poisoned(factory(*args, **kwargs))
-
-    def poisoned(tensor: Tensor) -> Tensor:
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-    return mock.patch.multiple(torch, empty=poison(empty), empty_like=poison(empty_like))
 
 
 def check_fp64() -> None:

@@ -1,8 +1,8 @@
 """What sm_90 would run of the kernels that are bound by memory, at the shapes of Qwen-2.5-32B under TP8.
 
 Spills and narrow accesses cost bandwidth outright; registers bound how many programs an SM holds, and so how many
-loads are in flight. Budgets are what the compilers of Triton 3.6 and 3.7 gave, rounded up to a multiple of 8, the unit of
-allocation.
+loads are in flight. Budgets are what the compilers of Triton 3.6 and 3.7 gave, rounded up to a multiple of 8, the unit
+of allocation.
 """
 
 import contextlib

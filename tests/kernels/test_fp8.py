@@ -1,0 +1,198 @@
+"""FP8 with block scales: the kernels against their references bit for bit, and what the references promise.
+
+Shapes: R rows, C columns.
+"""
+
+from unittest import mock
+
+import pytest
+import torch
+from megatron_scalebio.kernels import fp8
+from megatron_scalebio.kernels.fp8 import BLOCK, BlockScaled, dequantize, quantize, transpose
+from torch import Tensor
+
+from tests.distributed import run_distributed
+from tests.guarded_memory import guarded, poisoned_memory
+from tests.hopper import compiled_for_hopper
+
+TINY = torch.finfo(torch.float32).tiny
+FAR = torch.finfo(torch.float32).max
+SIZES = [(1, 1), (1, 200), (129, 7), (40, 129), (300, 400)]
+BLOCK_ROWS = [1, BLOCK]
+
+
+def test_kernels_give_the_bits_of_their_references():
+    run_distributed(1, check_kernels, interpret=True)
+
+
+def check_kernels() -> None:
+    for size in SIZES:
+        for dtype in (torch.bfloat16, torch.float32):
+            for block_rows in BLOCK_ROWS:
+                x = guarded(all_kinds(*size, block_rows).to(dtype))
+                with poisoned_memory():
+                    found, expected = quantize(x, block_rows), fp8.quantize_reference(x, block_rows)
+                    assert_same(found, expected)
+                    for wide in (torch.bfloat16, torch.float32):
+                        assert_same_bits(dequantize(found, wide), fp8.dequantize_reference(expected, wide))
+                    if block_rows == BLOCK:
+                        assert_same(transpose(found), fp8.transpose_reference(expected))
+    view = all_kinds(200, 129, 1).T
+    assert_same(quantize(view, 1), fp8.quantize_reference(view, 1))
+    weight = quantize(all_kinds(200, 129, BLOCK), BLOCK)
+    view = BlockScaled(weight.data.T, weight.scale.T, BLOCK)
+    assert_same(transpose(view), weight)
+    assert_same_bits(dequantize(view, torch.float32), dequantize(weight, torch.float32).T)
+    for empty in (quantize(torch.empty(0, 200), 1), fp8.quantize_reference(torch.empty(0, 200), 1)):
+        assert empty.data.shape == (0, 200) and empty.scale.shape == (0, 2)
+        assert dequantize(empty, torch.bfloat16).shape == (0, 200)
+
+
+def all_kinds(rows: int, columns: int, block_rows: int) -> Tensor:
+    """[rows, columns] fp32: normal numbers from 1e-30 to 1e30, and whole blocks of other kinds, where there are enough.
+
+    Every element of a block has the block's magnitude; -0 and one number 1e-4 of the others are everywhere.
+    """
+    generator = torch.Generator().manual_seed(rows * columns)
+    x = torch.randn(rows, columns, generator=generator)
+    x[:, ::3] *= -0.0
+    x[::2, ::5] *= 1e-4
+    kinds = [1.0, 0.0, TINY / 8, torch.nan, torch.inf, -torch.inf, 1e30, 1e-30, TINY, 1e-36, 3e4]
+    block_count = 0
+    for row in range(0, rows, block_rows):
+        for column in range(0, columns, BLOCK):
+            block = x[row : row + block_rows, column : column + BLOCK]
+            kind = kinds[block_count % len(kinds)]
+            block_count += 1
+            if abs(kind) < torch.inf:
+                block *= kind
+            else:
+                block[-1, -1] = kind
+    return x
+
+
+def assert_same(found: BlockScaled, expected: BlockScaled) -> None:
+    assert found.block_rows == expected.block_rows and found.data.is_contiguous()
+    assert_same_bits(found.data.view(torch.uint8), expected.data.view(torch.uint8))
+    assert_same_bits(found.scale, expected.scale)
+
+
+def assert_same_bits(found: Tensor, expected: Tensor) -> None:
+    """Equal bit for bit, signs of zeros too; one NaN is as good as another."""
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    if found.is_floating_point():
+        numbers = ~expected.isnan()
+        assert torch.equal(found[numbers].signbit(), expected[numbers].signbit())
+
+
+def per_block(x: Tensor, block_rows: int, of_block) -> Tensor:
+    """The scalar that `of_block` makes of each block, at each of its entries. [R, C]."""
+    result = torch.empty_like(x)
+    for row in range(0, x.shape[0], block_rows):
+        for column in range(0, x.shape[1], BLOCK):
+            block = slice(row, row + block_rows), slice(column, column + BLOCK)
+            result[block] = of_block(x[block])
+    return result
+
+
+@pytest.mark.parametrize("block_rows", BLOCK_ROWS)
+@pytest.mark.parametrize("size", SIZES)
+def test_a_block_errs_by_half_a_step_of_e4m3_at_its_own_scale_and_bad_blocks_are_nan_throughout(size, block_rows):
+    x = all_kinds(*size, block_rows)
+    q = quantize(x, block_rows)
+    assert not q.data.float().isnan().any()
+    found = dequantize(q, torch.float32).double()
+    largest = per_block(x, block_rows, lambda block: block.abs().amax()).double()
+    bad = ~largest.isfinite()
+    assert torch.equal(found.isnan(), bad)
+
+    # e4m3 has steps of 2^-3 of a number's power of two, of 2^-9 below 2^-6. Two roundings of fp32 add 2^-22 of x.
+    scale = (largest / 448).clamp(min=TINY)
+    power = torch.exp2((x.double() / scale).abs().clamp(min=2**-6).log2().floor())
+    allowed = scale * power * 2**-4 + x.double().abs() * 2**-22
+    assert ((found - x.double()).abs() <= allowed)[~bad].all()
+    assert ((found - x.double()).abs() <= largest * (1 / 28 + 1e-6))[~bad & (largest > 448 * TINY)].all()
+    assert not found[largest == 0].any()
+
+
+@pytest.mark.parametrize("block_rows", BLOCK_ROWS)
+@pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1e30, FAR])
+def test_the_largest_number_of_a_block_is_the_largest_of_e4m3_and_comes_back(magnitude, block_rows):
+    x = torch.rand(256, 256, generator=torch.Generator().manual_seed(1)) * magnitude
+    x[:, 5::BLOCK] = magnitude
+    q = quantize(x, block_rows)
+    assert (q.data[:, 5::BLOCK].float() == 448).all()
+    torch.testing.assert_close(dequantize(q, torch.float32)[:, 5::BLOCK], x[:, 5::BLOCK], rtol=2**-23, atol=0)
+
+
+@pytest.mark.parametrize("block_rows", BLOCK_ROWS)
+def test_quantisation_depends_on_the_numbers_alone(block_rows):
+    """Not on memory, layout, dtype, or what lies outside the block: equal weights have equal FP8 in both models."""
+    x = all_kinds(300, 400, block_rows).bfloat16()
+    q = quantize(x, block_rows)
+    inside = torch.full((301, 411), 7.0, dtype=torch.bfloat16)
+    inside[1:, 11:] = x
+    for other in (x.clone(), x.T.contiguous().T, inside[1:, 11:], x.float()):
+        assert_same(quantize(other, block_rows), q)
+    part = quantize(x[128:256, 256:].contiguous(), block_rows)
+    first_block = 128 // block_rows
+    assert_same_bits(part.data.view(torch.uint8), q.data[128:256, 256:].view(torch.uint8))
+    assert_same_bits(part.scale, q.scale[first_block : first_block + 128 // block_rows, 2:])
+
+
+@pytest.mark.parametrize("block_rows", BLOCK_ROWS)
+def test_requantising_keeps_the_data_and_moves_a_scale_by_a_unit_in_the_last_place_of_the_dtype_between(block_rows):
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(300, 400, generator=generator) * torch.exp2(torch.randint(-80, 80, (300, 1), generator=generator))
+    once = quantize(x, block_rows)
+    for dtype in (torch.float32, torch.bfloat16):
+        twice = quantize(dequantize(once, dtype), block_rows)
+        assert torch.equal(twice.data.view(torch.uint8), once.data.view(torch.uint8))
+        torch.testing.assert_close(twice.scale, once.scale, rtol=torch.finfo(dtype).eps, atol=0)
+    numbers = dequantize(twice, torch.bfloat16)  # that have been through FP8 before, as a stored checkpoint's
+    thrice = quantize(numbers, block_rows)
+    assert_same(thrice, twice)
+    assert torch.equal(dequantize(thrice, torch.bfloat16), numbers)
+
+
+# The 32B shapes, whole and one of 8 tensor-parallel shards, and a ragged one. Registers per thread, shared bytes per
+# program, and how many 16-byte loads and stores there must be at least.
+WIDE, RAGGED = [(8192, 27648), (640, 5120)], [(201, 129)]
+BUDGETS = [
+    # operation, block_rows, sizes, registers, shared bytes, 16-byte loads, 16-byte stores
+    ("quantize", 1, WIDE, 64, 512, 4, 2),
+    ("quantize", BLOCK, WIDE, 64, 512, 4, 2),
+    ("quantize", 1, RAGGED, 255, 2048, 0, 0),
+    ("quantize", BLOCK, RAGGED, 128, 2048, 0, 0),
+    ("dequantize", 1, WIDE, 48, 8192, 2, 4),
+    ("dequantize", BLOCK, WIDE, 48, 8192, 2, 4),
+    ("dequantize", BLOCK, RAGGED, 184, 8192, 0, 0),
+    ("transpose", BLOCK, WIDE, 40, 16384, 4, 4),
+    ("transpose", BLOCK, RAGGED, 255, 16384, 0, 0),
+]
+
+
+@pytest.mark.parametrize("operation, block_rows, sizes, registers, shared_bytes, loads, stores", BUDGETS)
+def test_hopper_kernels_keep_their_budget(operation, block_rows, sizes, registers, shared_bytes, loads, stores):
+    with mock.patch.object(fp8, "on_triton", return_value=True), compiled_for_hopper() as kernels:
+        for size in sizes:
+            for dtype in (torch.bfloat16, torch.float32):
+                if operation == "quantize":
+                    quantize(torch.empty(size, dtype=dtype, device="meta"), block_rows)
+                elif operation == "dequantize":
+                    dequantize(unallocated(*size, block_rows), dtype)
+                else:
+                    transpose(unallocated(*size, block_rows))
+    assert len(kernels) == 2 * len(sizes)
+    for kernel in kernels:
+        assert kernel.name == f"_{operation}_kernel"
+        assert kernel.spills == kernel.stack_bytes == 0
+        assert kernel.registers <= registers and kernel.shared_bytes <= shared_bytes
+        assert kernel.count("LDG.E.128") >= loads and kernel.count("STG.E.128") >= stores
+
+
+def unallocated(rows: int, columns: int, block_rows: int) -> BlockScaled:
+    """Shapes and strides as `quantize` makes them, without memory: all that compilation looks at."""
+    data = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device="meta")
+    return BlockScaled(data, fp8._empty_scale(data, block_rows), block_rows)
