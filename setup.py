@@ -22,6 +22,12 @@ setup(
         "jinja2>=3.1",
         "sentencepiece>=0.2",
         "psutil>=5.9",  # megatron-core saves checkpoints with it and does not declare it
+        "triton>=3.4; sys_platform == 'linux'",  # which torch brings along there, for CUDA and CPU alike
     ],
-    extras_require={"gpu": ["transformer-engine[pytorch]>=2.9"], "test": ["pytest>=8", "ruff>=0.9"]},
+    extras_require={
+        "gpu": ["transformer-engine[pytorch]>=2.9"],
+        "test": ["pytest>=8", "ruff>=0.9"],
+        # Others' kernels, for tools/benchmark_kernels.py to compare with.
+        "benchmark": ["liger-kernel>=0.8", "cut-cross-entropy>=25.1", "quack-kernels>=0.6"],
+    },
 )

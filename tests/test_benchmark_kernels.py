@@ -1,0 +1,158 @@
+"""The kernel benchmark on a CPU, on tiny shapes: what it says of kernels that are right, wrong, absent."""
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tools import benchmark_kernels
+from tools.benchmarks import kernel_cases, kernel_cases_weights, kernel_peers
+from tools.benchmarks.kernel_checks import Contender
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread_and_no_process_group_left():
+    found, threads = dist.is_initialized(), torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    if not found and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def run(folder, *arguments: str) -> tuple[int, dict]:
+    """Exit status and the JSON it wrote."""
+    file = folder / "results" / "kernels.json"
+    status = benchmark_kernels.main(["--device", "cpu", "--quick", "--out", str(file), *arguments])
+    return status, json.loads(file.read_text())
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("everything"))
+
+
+def test_every_kernel_of_ours_is_right_and_timed(everything):
+    status, content = everything
+    assert status == 0
+    ours = [row for row in content["rows"] if row["kind"] == "ours"]
+    assert {row["operation"] for row in ours} == set(benchmark_kernels.OPERATIONS)
+    for row in ours:
+        assert row["status"] == "right" and row["reason"] is None
+        assert all(error <= row["allowed"][name] for name, error in row["errors"].items())
+        times = row["milliseconds"]
+        assert 0 < times["p10"] <= times["median"] <= times["p90"] and times["runs"] >= 5
+        assert row["of_copy_bandwidth"] > 0
+    trained = [row for row in ours if row["shape"].get("head") == "trained"]
+    assert trained and all(
+        set(row["errors"]) == {"loss", "token_losses", "grad_hidden", "grad_weight"} for row in trained
+    )
+
+
+def test_the_file_says_where_its_numbers_come_from_and_what_they_are_held_against(everything):
+    _, content = everything
+    assert content["command"].endswith("kernels.json") and "CPU" in content["device"]
+    assert {"commit", "torch", "triton", "liger-kernel"} <= set(content)
+    assert min(content["ceilings"].values()) > 0
+    against = {target["against"] for target in content["targets"]}
+    assert {"its 2 GEMMs in cuBLAS", "its 3 GEMMs in cuBLAS", kernel_cases_weights.CUBLAS} <= against
+    for target in content["targets"]:
+        assert (
+            target["met"] is None
+            if target["ratio"] is None
+            else target["met"] == (target["ratio"] <= target["at_most"])
+        )
+
+
+def test_whatever_has_no_time_has_a_reason_in_one_line(everything):
+    _, content = everything
+    names = {row["contender"] for row in content["rows"]}
+    peers = (*kernel_peers.CROSS_ENTROPY, *kernel_peers.HEAD_LOSS, *kernel_peers.ADAMW, *kernel_peers.FROZEN_LINEAR)
+    assert names >= {peer.name for peer in peers}
+    for row in content["rows"]:
+        assert "milliseconds" in row or (row["reason"] and "\n" not in row["reason"])
+
+
+def test_an_absent_peer_is_listed_as_not_installed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    status, content = run(tmp_path, "--only", "cross_entropy")
+    liger = [row for row in content["rows"] if row["contender"] == "Liger"]
+    assert status == 0 and liger
+    for row in liger:
+        assert row["reason"].startswith("not installed") and "milliseconds" not in row
+    assert "NO TIME: not installed" in capsys.readouterr().out
+
+
+def scaled(operation, factor: float):
+    return lambda *args, **kwargs: operation(*args, **kwargs) * factor
+
+
+def with_scaled_loss(operation, factor: float):
+    def run(*args):
+        loss, token_losses = operation(*args)
+        return loss * factor, token_losses
+
+    return run
+
+
+def with_scaled_lr(operation, factor: float):
+    return lambda *args, lr, **kwargs: operation(*args, lr=factor * lr, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "operation, module, name, spoil, factor, output",
+    [
+        ("cross_entropy", kernel_cases, "cross_entropy", scaled, 1 + 1e-5, "token_losses"),
+        ("head_loss", kernel_cases, "head_loss", with_scaled_loss, 1.02, "grad_hidden"),
+        ("sums_by_id", kernel_cases, "sums_by_id", scaled, 1 + 1e-9, "sums"),
+        ("adamw_update", kernel_cases_weights, "adamw_update", with_scaled_lr, 1 + 1e-4, "master"),
+        ("sum_of_squares", kernel_cases_weights, "sum_of_squares", scaled, 1 + 1e-9, "sum"),
+        ("frozen_linear", kernel_cases_weights, "frozen_linear", scaled, 1.02, "grad_x"),
+        ("frozen_linear_dgrad", kernel_cases_weights, "matmul", scaled, 1.02, "grad_x"),
+    ],
+)
+def test_a_slightly_wrong_kernel_gets_no_time(tmp_path, monkeypatch, operation, module, name, spoil, factor, output):
+    monkeypatch.setattr(module, name, spoil(getattr(module, name), factor))
+    status, content = run(tmp_path, "--only", operation, "--ours")
+    assert status == 1
+    for row in content["rows"]:
+        if row["kind"] == "ours":
+            assert row["status"] == "wrong" and f"{output} off by" in row["reason"]
+            assert "milliseconds" not in row
+    assert all(target["ratio"] is None for target in content["targets"])
+
+
+def test_a_kernel_that_raises_is_wrong_too_and_the_rest_goes_on(tmp_path, monkeypatch):
+    def broken(*_):
+        raise ValueError("first line\nsecond line")
+
+    monkeypatch.setattr(kernel_cases, "sums_by_id", broken)
+    status, content = run(tmp_path, "--only", "sums_by_id", "sum_of_squares")
+    assert status == 1
+    failed, *others = content["rows"]
+    assert failed["reason"] == "ValueError: first line" and "milliseconds" not in failed
+    assert all("milliseconds" in row for row in others)
+
+
+def test_a_peer_that_takes_one_tokens_coefficient_for_all_gets_no_time(tmp_path, monkeypatch):
+    def first_coefficient(inputs):
+        same = replace(inputs, loss_coef=inputs.loss_coef[:1].expand_as(inputs.loss_coef))
+        right, wrong = (kernel_peers.HEAD_LOSS[0].run(each) for each in (inputs, same))
+        return right | {"grad_hidden": wrong["grad_hidden"]}
+
+    peers = (kernel_peers.HEAD_LOSS[0], Contender("first coefficient", first_coefficient))
+    monkeypatch.setattr(kernel_cases.kernel_peers, "HEAD_LOSS", peers)
+    status, content = run(tmp_path, "--only", "head_loss")
+    assert status == 0  # it is none of ours
+    for row in content["rows"]:
+        if row["contender"] == "first coefficient":
+            assert "grad_hidden off by" in row["reason"] and "milliseconds" not in row
+
+
+def test_check_times_nothing(tmp_path):
+    status, content = run(tmp_path, "--only", "sum_of_squares", "--check", "--ours")
+    assert status == 0 and [row["status"] for row in content["rows"]] == ["right"]
+    assert "ceilings" not in content and not any("milliseconds" in row for row in content["rows"])

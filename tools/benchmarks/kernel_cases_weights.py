@@ -1,0 +1,216 @@
+"""The operations on weights as benchmark cases: the update, the norm that clips it, and the frozen FP8 linear layer.
+
+Shapes: n parameters; M tokens, K input and N output features.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from megatron_scalebio.kernels.adamw import adamw_update, adamw_update_reference
+from megatron_scalebio.kernels.fp8 import (
+    BLOCK,
+    BlockScaled,
+    dequantize,
+    dequantize_reference,
+    quantize,
+    quantize_reference,
+    transpose,
+)
+from megatron_scalebio.kernels.frozen_linear import frozen_linear, matmul
+from megatron_scalebio.kernels.sum_of_squares import sum_of_squares
+from torch import Tensor
+
+from tools.benchmarks import kernel_peers
+from tools.benchmarks.kernel_checks import BANDWIDTH, Case, Contender, Outputs, Target
+
+# The second is no multiple of 16 bytes: its last parameters need a mask.
+NUM_PARAMETERS = {"cuda": [2**28, 2**28 + 3], "cpu": [5000]}
+QUICK_NUM_PARAMETERS = {"cuda": [2**27, 2**27 + 3], "cpu": [5000]}
+
+# (N, K) of Qwen2.5-32B's linear layers: query, key and value; attention output; gate and up; down.
+LINEARS = {"cuda": [(7168, 5120), (5120, 5120), (55296, 5120), (5120, 27648)], "cpu": [(256, 384)]}
+NUM_TOKENS = {"cuda": 8192, "cpu": 48}
+
+CUBLAS = "cuBLAS in bf16"
+
+
+@dataclass(frozen=True)
+class UpdateInputs:
+    """Of the AdamW update; [n] each."""
+
+    weights: Tensor  # bf16
+    master: Tensor  # fp32, as small as its update, so that an error of the update shows
+    gradient: Tensor  # fp32
+    exp_avg: Tensor  # fp32
+    exp_avg_sq: Tensor  # fp32
+    gradient_scale: Tensor  # scalar fp32
+    num_decayed: int
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.weights, self.master, self.gradient, self.exp_avg, self.exp_avg_sq
+
+
+@dataclass(frozen=True)
+class LinearInputs:
+    """Of the frozen linear layer."""
+
+    x: Tensor  # [M, K] bf16, requires a gradient
+    grad: Tensor  # [M, N] bf16, of the output
+    weight: BlockScaled  # [N, K]
+    weight_bf16: Tensor  # [N, K], its values
+
+
+def adamw_update_cases(device: torch.device, quick: bool) -> list[Case]:
+    """Scale the gradient, AdamW, cast to bf16."""
+
+    def case(size: int) -> Case:
+        return Case(
+            operation="adamw_update",
+            shape=dict(n=size),
+            make_inputs=partial(_update_inputs, size, device),
+            expected=lambda inputs: _update(adamw_update_reference, _in_fp64(inputs)),
+            plain=partial(_update, adamw_update_reference),
+            ours=(Contender("ours", lambda inputs: _update(adamw_update, inputs)),),
+            floors=(),
+            peers=kernel_peers.ADAMW,
+            num_bytes=30 * size,
+            flops=0,
+            targets=(Target(BANDWIDTH, 1 / 0.85),),
+        )
+
+    return [case(size) for size in (QUICK_NUM_PARAMETERS if quick else NUM_PARAMETERS)[device.type]]
+
+
+def _update_inputs(size: int, device: torch.device) -> UpdateInputs:
+    torch.manual_seed(0)
+    random = partial(torch.randn, device=device)
+    return UpdateInputs(
+        weights=torch.full((size,), torch.nan, dtype=torch.bfloat16, device=device),
+        master=random(size).mul_(1e-3),
+        gradient=random(size),
+        exp_avg=random(size).mul_(0.1),
+        exp_avg_sq=random(size).square_().mul_(0.1),
+        gradient_scale=torch.tensor(0.75, device=device),
+        num_decayed=size - size // 8,
+    )
+
+
+def _in_fp64(inputs: UpdateInputs) -> UpdateInputs:
+    names = ("weights", "master", "gradient", "exp_avg", "exp_avg_sq", "gradient_scale")
+    return replace(inputs, **{name: getattr(inputs, name).double() for name in names})
+
+
+def _update(operation: Callable[..., None], inputs: UpdateInputs) -> Outputs:
+    settings = dict(num_decayed=inputs.num_decayed, gradient_scale=inputs.gradient_scale)
+    operation(*inputs.tensors(), **settings, **kernel_peers.ADAMW_SETTINGS)
+    return kernel_peers.update_outputs(inputs)
+
+
+def sum_of_squares_cases(device: torch.device, quick: bool) -> list[Case]:
+    def case(size: int) -> Case:
+        def make_inputs() -> Tensor:
+            torch.manual_seed(0)
+            return torch.randn(size, device=device)
+
+        return Case(
+            operation="sum_of_squares",
+            shape=dict(n=size),
+            make_inputs=make_inputs,
+            expected=lambda gradient: {"sum": gradient.double().square().sum()},
+            plain=lambda gradient: {"sum": torch.linalg.vector_norm(gradient, dtype=torch.float64) ** 2},
+            ours=(Contender("ours", lambda gradient: {"sum": sum_of_squares(gradient)}),),
+            floors=(),
+            peers=kernel_peers.SUM_OF_SQUARES,
+            num_bytes=4 * size,
+            flops=0,
+            targets=(Target(BANDWIDTH, 1 / 0.85),),
+        )
+
+    return [case(size) for size in (QUICK_NUM_PARAMETERS if quick else NUM_PARAMETERS)[device.type]]
+
+
+def frozen_linear_cases(device: torch.device, quick: bool) -> list[Case]:
+    """Forward and gradient of the input, rounding of both left operands to FP8 included."""
+
+    def run(inputs: LinearInputs) -> Outputs:
+        y = frozen_linear(inputs.x, inputs.weight)
+        (grad_x,) = torch.autograd.grad(y, inputs.x, inputs.grad)
+        return {"y": y, "grad_x": grad_x}
+
+    def cublas(inputs: LinearInputs) -> Outputs:
+        return {"y": inputs.x.detach() @ inputs.weight_bf16.T, "grad_x": inputs.grad @ inputs.weight_bf16}
+
+    def case(outputs: int, features: int) -> Case:
+        tokens = NUM_TOKENS[device.type]
+        return Case(
+            operation="frozen_linear",
+            shape=dict(M=tokens, N=outputs, K=features),
+            make_inputs=partial(_linear_inputs, tokens, outputs, features, device),
+            expected=partial(_plain_linear, dtype=torch.float64),
+            plain=partial(_plain_linear, dtype=torch.float32),
+            ours=(Contender("ours", run),),
+            floors=(Contender(CUBLAS, cublas),),
+            peers=kernel_peers.FROZEN_LINEAR,
+            # Operands rounded (3 bytes a number), read and, the weight, transposed; results written.
+            num_bytes=6 * tokens * (features + outputs) + 4 * features * outputs,
+            flops=4 * tokens * features * outputs,
+            targets=(Target(CUBLAS, 1 / 1.5),),
+        )
+
+    return [case(*linear) for linear in LINEARS[device.type]]
+
+
+def frozen_linear_dgrad_cases(device: torch.device, quick: bool) -> list[Case]:
+    """Ways to the gradient of the input from a weight that is stored row-major for the forward pass."""
+
+    def transposed(inputs: LinearInputs) -> Outputs:
+        return {"grad_x": matmul(quantize(inputs.grad, 1), transpose(inputs.weight), inputs.grad.dtype)}
+
+    def as_view(inputs: LinearInputs) -> Outputs:
+        view = BlockScaled(inputs.weight.data.T, inputs.weight.scale.T, BLOCK)
+        return {"grad_x": matmul(quantize(inputs.grad, 1), view, inputs.grad.dtype)}
+
+    def dequantized(inputs: LinearInputs) -> Outputs:
+        return {"grad_x": inputs.grad @ dequantize(inputs.weight, inputs.grad.dtype)}
+
+    def case(outputs: int, features: int) -> Case:
+        tokens = NUM_TOKENS[device.type]
+        return Case(
+            operation="frozen_linear_dgrad",
+            shape=dict(M=tokens, N=outputs, K=features),
+            make_inputs=partial(_linear_inputs, tokens, outputs, features, device),
+            expected=lambda inputs: {"grad_x": _plain_linear(inputs, torch.float64)["grad_x"]},
+            plain=lambda inputs: {"grad_x": _plain_linear(inputs, torch.float32)["grad_x"]},
+            ours=(
+                Contender("transpose, then multiply", transposed),
+                Contender("transpose in the registers", as_view),
+            ),
+            floors=(Contender(CUBLAS, lambda inputs: {"grad_x": inputs.grad @ inputs.weight_bf16}),),
+            peers=(Contender("dequantise, cuBLAS in bf16", dequantized),),  # does not round the gradient to FP8
+            num_bytes=tokens * (4 * outputs + 2 * features) + 3 * features * outputs,
+            flops=2 * tokens * features * outputs,
+        )
+
+    return [case(*linear) for linear in LINEARS[device.type]]
+
+
+def _linear_inputs(tokens: int, outputs: int, features: int, device: torch.device) -> LinearInputs:
+    torch.manual_seed(0)
+    random = partial(torch.randn, dtype=torch.bfloat16, device=device)
+    weight = quantize(random(outputs, features).mul_(features**-0.5), BLOCK)
+    return LinearInputs(
+        x=random(tokens, features).requires_grad_(),
+        grad=random(tokens, outputs),
+        weight=weight,
+        weight_bf16=dequantize(weight, torch.bfloat16),
+    )
+
+
+def _plain_linear(inputs: LinearInputs, dtype: torch.dtype) -> Outputs:
+    """On the operands as rounded to FP8, in plain PyTorch; fp32 results are rounded as ours are."""
+    x, grad = (dequantize_reference(quantize_reference(t.detach(), 1), dtype) for t in (inputs.x, inputs.grad))
+    weight = dequantize_reference(inputs.weight, dtype)
+    result = torch.float64 if dtype == torch.float64 else inputs.x.dtype
+    return {"y": (x @ weight.T).to(result), "grad_x": (grad @ weight).to(result)}
