@@ -9,7 +9,7 @@ Shapes: n parameters.
 
 import triton
 import triton.language as tl
-from megatron_scalebio.kernels.dispatch import on_triton
+from megatron_scalebio.kernels.dispatch import on_triton, require_dense
 from torch import Tensor
 
 
@@ -63,6 +63,7 @@ def adamw_update_reference(
 def _on_triton(
     weights, master, gradient, exp_avg, exp_avg_sq, *, num_decayed, step, lr, betas, eps, weight_decay, gradient_scale
 ):
+    require_dense(weights=weights, master=master, gradient=gradient, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     beta1, beta2 = betas
     block = 1024
     _update_kernel[(triton.cdiv(len(master), block),)](

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import triton
 import triton.language as tl
-from megatron_scalebio.kernels.dispatch import on_triton
+from megatron_scalebio.kernels.dispatch import on_triton, require_dense
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -126,6 +126,7 @@ def _whole_vocabulary(statistics: Tensor, group: ProcessGroup) -> tuple[Tensor, 
 
 
 def _on_triton(logits, targets, loss_coef, vocab_size, group, softcap, grad, skip_zero):
+    require_dense(logits=logits, targets=targets, loss_coef=loss_coef)
     num_tokens, width = logits.shape
     first, columns = _columns(logits, vocab_size, group)
     statistics = torch.empty(3, num_tokens, dtype=torch.float32, device=logits.device)
@@ -138,6 +139,7 @@ def _on_triton(logits, targets, loss_coef, vocab_size, group, softcap, grad, ski
         )
     shift, total, losses = _whole_vocabulary(statistics, group)
     if grad is not None and num_tokens:
+        require_dense(grad=grad)
         blocks_per_row = triton.cdiv(width, block)
         _gradient_kernel[(num_tokens * blocks_per_row,)](
             *(logits, logits.stride(0), targets, loss_coef, shift, total, grad, grad.stride(0)),

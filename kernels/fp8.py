@@ -64,7 +64,8 @@ def quantize_reference(x: Tensor, block_rows: int) -> BlockScaled:
     padded = x.new_zeros(scale.shape[0] * block_rows, scale.shape[1] * BLOCK, dtype=torch.float32)
     padded[:rows, :columns] = x
     largest = padded.view(scale.shape[0], block_rows, scale.shape[1], BLOCK).abs().amax(dim=(1, 3))
-    scale.copy_(torch.where(largest.isfinite(), (largest / E4M3_MAX).clamp(min=SMALLEST_NORMAL), torch.nan))
+    quotient = largest / torch.full_like(largest, E4M3_MAX)  # by a Python number CUDA would multiply by its inverse
+    scale.copy_(torch.where(largest.isfinite(), quotient.clamp(min=SMALLEST_NORMAL), torch.nan))
     spread = _spread(scale, block_rows, rows, columns)
     data = torch.where(spread.isnan(), 0.0, x.float() / spread)
     return BlockScaled(data.to(torch.float8_e4m3fn), scale, block_rows)

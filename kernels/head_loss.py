@@ -62,7 +62,7 @@ class _HeadLoss(torch.autograd.Function):
         head = weight.to(operand)
         token_losses = torch.empty(len(targets), dtype=wide, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wanted[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
+        grad_weight = torch.empty_like(weight, dtype=wide) if wanted[1] else None
         logits = grad_logits = None
         for start in range(0, len(targets), TOKENS_PER_CHUNK[hidden.device.type]):
             chunk = slice(start, start + TOKENS_PER_CHUNK[hidden.device.type])
@@ -78,7 +78,9 @@ class _HeadLoss(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[chunk] = grad_logits @ head
             if grad_weight is not None:
-                _add_product(grad_weight, grad_logits.T, rows)
+                (_multiply if start == 0 else _add_product)(grad_logits.T, rows, out=grad_weight)
+        if grad_weight is not None and len(targets) == 0:
+            grad_weight.zero_()
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.main_grad = main_grad
         ctx.mark_non_differentiable(token_losses)
@@ -87,8 +89,8 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, _):
         grad_hidden, grad_weight = ctx.saved_tensors
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
+        if grad_hidden is not None:  # the product in fp32: in bf16 the scale alone would be off by 2^-9
+            grad_hidden = (grad_hidden.to(grad_loss.dtype) * grad_loss).to(grad_hidden.dtype)
         if grad_weight is not None and ctx.main_grad is not None:
             ctx.main_grad.addcmul_(grad_weight, grad_loss)
             grad_weight = None
@@ -112,11 +114,11 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, accumulated in the dtype of `total`: bf16 sums over chunks would lose what small tokens add."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
+def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out += a @ b, accumulated in the dtype of `out`: bf16 sums over chunks would lose what small tokens add."""
+    if a.dtype == out.dtype:
+        out.addmm_(a, b)
     elif a.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+        out.addmm_(a.to(out.dtype), b.to(out.dtype))

@@ -9,7 +9,7 @@ Shapes: N tokens, G sums.
 import torch
 import triton
 import triton.language as tl
-from megatron_scalebio.kernels.dispatch import on_triton
+from megatron_scalebio.kernels.dispatch import on_triton, require_dense
 from torch import Tensor
 
 
@@ -34,6 +34,7 @@ def sums_by_id_reference(values: Tensor, coefs: Tensor, ids: Tensor, num_ids: in
 
 
 def _on_triton(values, coefs, ids, num_ids):
+    require_dense(values=values, coefs=coefs, ids=ids)
     sums = torch.empty(num_ids, dtype=torch.float64, device=values.device)
     _sums_kernel[(num_ids,)](values, coefs, ids, sums, len(values), BLOCK=1024, num_warps=4)
     return sums

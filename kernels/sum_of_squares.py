@@ -9,7 +9,7 @@ Shapes: n numbers.
 import torch
 import triton
 import triton.language as tl
-from megatron_scalebio.kernels.dispatch import on_triton
+from megatron_scalebio.kernels.dispatch import on_triton, require_dense
 from torch import Tensor
 
 MOST_PROGRAMS = 1024
@@ -26,6 +26,7 @@ def sum_of_squares_reference(gradient: Tensor) -> Tensor:
 
 
 def _on_triton(gradient: Tensor) -> Tensor:
+    require_dense(gradient=gradient)
     block = 4096
     programs = min(triton.cdiv(len(gradient), block), MOST_PROGRAMS)
     partial = torch.empty(programs, dtype=torch.float64, device=gradient.device)

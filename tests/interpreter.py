@@ -26,6 +26,9 @@ def install() -> None:
 
     interpreter._convert_float = lambda data, source, target, rounding: convert(data, source.name, target.name)
     interpreter.InterpreterBuilder.create_dot = create_dot
+    from megatron_scalebio.kernels import dispatch
+
+    dispatch.INTERPRET = True
 
 
 def convert(data: np.ndarray, source: str, target: str) -> np.ndarray:

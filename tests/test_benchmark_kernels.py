@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from megatron_scalebio.kernels import fp8, head_loss
 
 from tools import benchmark_kernels
 from tools.benchmarks import kernel_cases, kernel_cases_weights, kernel_peers
@@ -45,7 +46,8 @@ def test_every_kernel_of_ours_is_right_and_timed(everything):
         assert all(error <= row["allowed"][name] for name, error in row["errors"].items())
         times = row["milliseconds"]
         assert 0 < times["p10"] <= times["median"] <= times["p90"] and times["runs"] >= 5
-        assert row["of_copy_bandwidth"] > 0
+        assert ("of_copy_bandwidth" in row) == ("bytes" in row)
+    assert all("bytes" in row for row in ours if row["operation"] in ("cross_entropy", "adamw_update", "fp8"))
     trained = [row for row in ours if row["shape"].get("head") == "trained"]
     assert trained and all(
         set(row["errors"]) == {"loss", "token_losses", "grad_hidden", "grad_weight"} for row in trained
@@ -123,6 +125,37 @@ def test_a_slightly_wrong_kernel_gets_no_time(tmp_path, monkeypatch, operation, 
             assert row["status"] == "wrong" and f"{output} off by" in row["reason"]
             assert "milliseconds" not in row
     assert all(target["ratio"] is None for target in content["targets"])
+
+
+def rounded_logits(a, b, out):
+    out.copy_((a.float() @ b.float()).bfloat16())
+
+
+def rounded_sums(a, b, out):
+    out.copy_((out + a.float() @ b.float()).bfloat16())
+
+
+def larger_scale(x, block_rows):
+    q = fp8.quantize(x, block_rows)
+    return replace(q, scale=1.5 * q.scale) if block_rows == fp8.BLOCK else q
+
+
+@pytest.mark.parametrize(
+    "operation, module, name, faulty, output",
+    [
+        ("head_loss", head_loss, "_multiply", rounded_logits, "token_losses"),
+        ("head_loss", head_loss, "_add_product", rounded_sums, "grad_weight"),
+        ("frozen_linear", kernel_cases_weights, "quantize", larger_scale, "y"),
+        ("fp8", kernel_cases_weights, "quantize", larger_scale, "scale"),
+    ],
+)
+def test_rounding_where_there_must_be_none_is_found(tmp_path, monkeypatch, operation, module, name, faulty, output):
+    """The faults that only a GPU's own code paths could have, and that this tool is the one to see."""
+    monkeypatch.setattr(module, name, faulty)
+    monkeypatch.setitem(head_loss.TOKENS_PER_CHUNK, "cpu", 16)
+    status, content = run(tmp_path, "--only", operation, "--ours", "--check")
+    assert status == 1
+    assert any(f"{output} off by" in row["reason"] for row in content["rows"] if row["status"] == "wrong")
 
 
 def test_a_kernel_that_raises_is_wrong_too_and_the_rest_goes_on(tmp_path, monkeypatch):

@@ -41,6 +41,7 @@ OPERATIONS = {
     "sums_by_id": kernel_cases.sums_by_id_cases,
     "adamw_update": kernel_cases_weights.adamw_update_cases,
     "sum_of_squares": kernel_cases_weights.sum_of_squares_cases,
+    "fp8": kernel_cases_weights.fp8_cases,
     "frozen_linear": kernel_cases_weights.frozen_linear_cases,
     "frozen_linear_dgrad": kernel_cases_weights.frozen_linear_dgrad_cases,
 }
@@ -60,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="JSON file for the numbers, written after every case")
     args = parser.parse_args(argv)
     device = choose_device(args.device)
+    torch.set_float32_matmul_precision("highest")  # what fp32 is held against must be fp32, whatever the container says
     seconds = (QUICK_SECONDS if args.quick else SECONDS)[device.type]
     command = "python tools/benchmark_kernels.py " + " ".join(sys.argv[1:] if argv is None else argv)
     content: dict[str, Any] = environment(device, command)
@@ -92,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
 def check(case: Case, device: torch.device) -> list[Row]:
     """One row per contender: whether it is right, its errors and what they may be. Floors are not checked."""
     expected = case.expected(case.make_inputs())
-    bounds = bounds_of_ours(case.plain(case.make_inputs()), expected)
+    plain_errors = relative_errors(case.plain(case.make_inputs()), expected, None)
     rows = []
     for kind, contender in case.contenders():
         row = {"operation": case.operation, "shape": case.shape, "contender": contender.name, "kind": kind}
@@ -100,9 +102,11 @@ def check(case: Case, device: torch.device) -> list[Row]:
         if kind == "floor":
             row["status"] = "unchecked"
             continue
-        allowed = bounds if kind == "ours" else dict.fromkeys(bounds, PEER_BOUND)
         try:
-            row["errors"] = relative_errors(contender.run(case.make_inputs()), expected, case.rows)
+            outputs = contender.run(case.make_inputs())
+            row["errors"] = relative_errors(outputs, expected, case.rows)
+            peers = dict.fromkeys(expected, PEER_BOUND)
+            allowed = bounds_of_ours(plain_errors, outputs) if kind == "ours" else peers
             row |= {"allowed": allowed, "reason": find_fault(row["errors"], allowed)}
             row["status"] = "wrong" if row["reason"] else "right"
         except Exception as error:  # whatever a peer raises is its reason; ours counts as wrong, and the rest goes on
@@ -113,7 +117,7 @@ def check(case: Case, device: torch.device) -> list[Row]:
 
 def measure_rows(case: Case, rows: list[Row], device: torch.device, seconds: float, ceilings: Ceilings) -> None:
     """Add times, and rates against the ceilings, to the rows that are not wrong: one right after the other."""
-    for (kind, contender), row in zip(case.contenders(), rows, strict=True):
+    for (_, contender), row in zip(case.contenders(), rows, strict=True):
         if row["status"] in ("wrong", "failed"):
             continue
         try:
@@ -124,9 +128,9 @@ def measure_rows(case: Case, rows: list[Row], device: torch.device, seconds: flo
         finally:
             release_memory(device)
         row["milliseconds"] = asdict(times)
-        if kind != "floor":  # which moves other bytes
-            row["bytes"] = case.num_bytes
-            row["of_copy_bandwidth"] = case.num_bytes / (times.median / 1e3) / ceilings.bytes_per_second
+        if contender.num_bytes is not None:
+            row["bytes"] = contender.num_bytes
+            row["of_copy_bandwidth"] = contender.num_bytes / (times.median / 1e3) / ceilings.bytes_per_second
         if case.flops:
             row["flops"] = case.flops
             row["of_gemm_rate"] = case.flops / (times.median / 1e3) / ceilings.flops_per_second
@@ -137,8 +141,8 @@ def measured_targets(case: Case, rows: list[Row], ceilings: Ceilings) -> list[Ro
     medians = {row["contender"]: row["milliseconds"]["median"] for row in rows if "milliseconds" in row}
     recomputing = [medians[peer.name] for peer in case.peers if peer.recomputes and peer.name in medians]
     medians[RECOMPUTE] = min(recomputing, default=None)
-    medians[BANDWIDTH] = 1e3 * case.num_bytes / ceilings.bytes_per_second
-    ours = medians.get(case.ours[0].name)
+    ours, num_bytes = medians.get(case.ours[0].name), case.ours[0].num_bytes
+    medians[BANDWIDTH] = None if num_bytes is None else 1e3 * num_bytes / ceilings.bytes_per_second
     targets = []
     for target in case.targets:
         against = medians.get(target.against)

@@ -97,6 +97,10 @@ def test_rows_past_two_to_the_31_are_found():
     run_distributed(1, check_large_offsets, interpret=True)
 
 
+def test_memory_that_the_kernels_would_misread_is_refused():
+    run_distributed(1, check_strides, interpret=True)
+
+
 def run(case: Case, dtype: torch.dtype, grad_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Losses and gradient of this rank's columns, and the logits afterwards. No `grad_dtype`: in place."""
     logits, targets, coefs = case.inputs(dtype)
@@ -194,6 +198,19 @@ def check_large_offsets() -> None:
     logits = torch.empty(2 * stride + 256, dtype=torch.bfloat16).as_strided((3, 256), (stride, 1)).copy_(values)
     losses = [cross_entropy(x, targets, coefs, 250, dist.group.WORLD, grad=x) for x in (logits, values)]
     assert torch.equal(*losses) and torch.equal(logits, values)
+
+
+def check_strides() -> None:
+    logits, targets, coefs = CASES[1].inputs(torch.float32)
+    for name, wrong in {
+        "logits": dict(logits=logits.T.contiguous().T),
+        "grad": dict(grad=logits.T.contiguous().T),
+        "targets": dict(targets=targets.repeat_interleave(2)[::2]),
+        "loss_coef": dict(loss_coef=torch.ones(1).expand(len(coefs))),
+    }.items():
+        arguments = dict(logits=logits, targets=targets, loss_coef=coefs, vocab_size=100, group=dist.group.WORLD)
+        with pytest.raises(ValueError, match=f"{name}: the last dimension must have stride 1"):
+            cross_entropy(**(arguments | wrong))
 
 
 @triton.jit

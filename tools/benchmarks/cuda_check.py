@@ -1,7 +1,7 @@
 """The first steps on CUDA against the golden run of tests/golden (fp64, CPU): correctness before speed.
 
-    python tools/benchmarks/cuda_check.py fp32      scaled_dot_product_attention, NCCL, the plain head loss
-    python tools/benchmarks/cuda_check.py bf16      torch's variable-length flash attention
+    python tools/benchmarks/cuda_check.py fp32      scaled_dot_product_attention, NCCL, the Triton kernels
+    python tools/benchmarks/cuda_check.py bf16      torch's variable-length flash attention, tensor-core products
 
 Exits with status 1 if a loss of the first step is off by more than its dtype's rounding allows.
 """

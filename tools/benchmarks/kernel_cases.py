@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron_scalebio.kernels.cross_entropy import cross_entropy
 from megatron_scalebio.kernels.head_loss import head_loss
 from megatron_scalebio.kernels.loss_sums import sums_by_id
@@ -97,10 +96,9 @@ def cross_entropy_cases(device: torch.device, quick: bool) -> list[Case]:
             make_inputs=partial(_logits_inputs, shape, num_tokens, device),
             expected=partial(_plain_cross_entropy, rows=rows, dtype=torch.float64),
             plain=partial(_plain_cross_entropy, rows=rows, dtype=torch.float32),
-            ours=(Contender("ours", ours),),
+            ours=(Contender("ours", ours, num_bytes=3 * num_tokens * shape.vocab_size * 2),),
             floors=(),
             peers=kernel_peers.CROSS_ENTROPY,
-            num_bytes=3 * num_tokens * shape.vocab_size * 2,
             flops=0,
             targets=(Target(BANDWIDTH, 1 / 0.85),),
             rows=rows,
@@ -149,14 +147,13 @@ def head_loss_cases(device: torch.device, quick: bool) -> list[Case]:
             shape=_described(**sizes, softcap=shape.softcap, head="trained" if trained else "frozen"),
             make_inputs=partial(_head_inputs, shape, num_tokens, trained, device),
             expected=partial(_plain_head_loss, dtype=torch.float64),
-            plain=partial(_plain_head_loss, dtype=torch.bfloat16),
+            plain=partial(_plain_head_loss, dtype=torch.float32),
             ours=(
-                Contender("ours", ours),
+                Contender("ours", ours, num_bytes=None if trained else _head_bytes(num_tokens, shape)),
                 *([Contender("ours, into main_grad", partial(ours, main_grad=True))] if trained else []),
             ),
             floors=(Contender(gemms, _gemms),),
             peers=kernel_peers.HEAD_LOSS,
-            num_bytes=_head_bytes(num_tokens, shape, trained),
             flops=num_gemms * 2 * num_tokens * shape.hidden_size * shape.vocab_size,
             targets=(Target(gemms, 1.15), *(() if trained else (Target(RECOMPUTE, 0.8),))),
         )
@@ -176,24 +173,24 @@ def _head_inputs(shape: Shape, num_tokens: int, trained: bool, device: torch.dev
 
 
 def _plain_head_loss(inputs: HeadInputs, dtype: torch.dtype) -> Outputs:
-    """In plain PyTorch, a chunk of tokens at a time; the weight's gradient adds up in fp32 or fp64."""
-    wide = torch.promote_types(dtype, torch.float32)
-    weight = inputs.weight.detach().to(dtype).requires_grad_(inputs.weight.requires_grad)
-    losses, grads_hidden, grad_weight = [], [], torch.zeros((), dtype=wide, device=weight.device)
-    for start in range(0, len(inputs.hidden), REFERENCE_CHUNK):
+    """In plain PyTorch, a chunk of tokens at a time, computed in `dtype`. With fp32 the logits' gradient is rounded to
+    the model's dtype, in which tensor cores take it; losses and sums are not: of logits in bf16 they would be."""
+    hidden, weight = inputs.hidden.detach(), inputs.weight.detach().to(dtype)
+    losses, grads_hidden, grad_weight = [], [], torch.zeros((), dtype=dtype, device=weight.device)
+    for start in range(0, len(hidden), REFERENCE_CHUNK):
         chunk = slice(start, start + REFERENCE_CHUNK)
-        hidden = inputs.hidden.detach()[chunk].to(dtype).requires_grad_()
-        logits = F.linear(hidden, weight).to(wide)
+        rows = hidden[chunk].to(dtype)
+        logits = (rows @ weight.T).requires_grad_()
         losses.append(kernel_peers.token_losses(logits, inputs.targets[chunk], inputs.softcap))
-        wanted = [hidden, weight] if weight.requires_grad else [hidden]
-        grads = torch.autograd.grad(losses[-1], wanted, inputs.loss_coef[chunk].to(wide))
+        (grad,) = torch.autograd.grad(losses[-1], logits, inputs.loss_coef[chunk].to(dtype))
+        grad = grad if dtype == torch.float64 else grad.to(hidden.dtype).to(dtype)
         losses[-1] = losses[-1].detach()
-        grads_hidden.append(grads[0])
-        if weight.requires_grad:
-            grad_weight = grad_weight + grads[1]
+        grads_hidden.append(grad @ weight)
+        if inputs.weight.requires_grad:
+            grad_weight = grad_weight + grad.T @ rows
     token_losses = torch.cat(losses)
-    outputs = {"loss": (inputs.loss_coef.to(wide) * token_losses).sum(), "token_losses": token_losses}
-    grads = [torch.cat(grads_hidden), *([grad_weight.to(dtype)] if weight.requires_grad else [])]
+    outputs = {"loss": (inputs.loss_coef.to(dtype) * token_losses).sum(), "token_losses": token_losses}
+    grads = [torch.cat(grads_hidden), *([grad_weight] if inputs.weight.requires_grad else [])]
     return outputs | dict(zip(kernel_peers.GRADIENTS, grads, strict=False))
 
 
@@ -207,13 +204,11 @@ def _gemms(inputs: HeadInputs) -> Outputs:
     return outputs
 
 
-def _head_bytes(num_tokens: int, shape: Shape, trained: bool) -> int:
-    """Logits of a chunk in fp32, written and read twice; their gradient in bf16, written and read by each product;
-    hidden states and weight read by each product, their gradients written, in bf16."""
+def _head_bytes(num_tokens: int, shape: Shape) -> int:
+    """Of a frozen head: logits of a chunk in fp32, written and read twice; their gradient in bf16, written and read
+    once; hidden states and weight read by each product, and the hidden states' gradient written, in bf16."""
     logits = num_tokens * shape.vocab_size
     hidden, weight = num_tokens * shape.hidden_size, shape.vocab_size * shape.hidden_size
-    if trained:
-        return 3 * 4 * logits + 3 * 2 * logits + 2 * (3 * hidden + 3 * weight)
     return 3 * 4 * logits + 2 * 2 * logits + 2 * (2 * hidden + 2 * weight)
 
 
@@ -237,10 +232,9 @@ def sums_by_id_cases(device: torch.device, quick: bool) -> list[Case]:
         make_inputs=make_inputs,
         expected=expected,
         plain=kernel_peers.index_add_sums,
-        ours=(Contender("ours", lambda inputs: {"sums": sums_by_id(*inputs)}),),
+        ours=(Contender("ours", lambda inputs: {"sums": sums_by_id(*inputs)}, num_bytes=num_tokens * (4 + 8 + 8)),),
         floors=(),
         peers=(Contender("torch index_add_ (atomics)", kernel_peers.index_add_sums),),
-        num_bytes=num_tokens * (4 + 8 + 8),
         flops=0,
     )
     return [case]

@@ -1,4 +1,4 @@
-"""The operations on weights as benchmark cases: the update, the norm that clips it, and the frozen FP8 linear layer.
+"""The operations on weights as benchmark cases: the update, the norm that clips it, FP8 and the frozen linear layer.
 
 Shapes: n parameters; M tokens, K input and N output features.
 """
@@ -17,6 +17,7 @@ from megatron_scalebio.kernels.fp8 import (
     quantize,
     quantize_reference,
     transpose,
+    transpose_reference,
 )
 from megatron_scalebio.kernels.frozen_linear import frozen_linear, matmul
 from megatron_scalebio.kernels.sum_of_squares import sum_of_squares
@@ -58,6 +59,7 @@ class LinearInputs:
 
     x: Tensor  # [M, K] bf16, requires a gradient
     grad: Tensor  # [M, N] bf16, of the output
+    original: Tensor  # [N, K] bf16, before it was quantised
     weight: BlockScaled  # [N, K]
     weight_bf16: Tensor  # [N, K], its values
 
@@ -72,10 +74,9 @@ def adamw_update_cases(device: torch.device, quick: bool) -> list[Case]:
             make_inputs=partial(_update_inputs, size, device),
             expected=lambda inputs: _update(adamw_update_reference, _in_fp64(inputs)),
             plain=partial(_update, adamw_update_reference),
-            ours=(Contender("ours", lambda inputs: _update(adamw_update, inputs)),),
+            ours=(Contender("ours", lambda inputs: _update(adamw_update, inputs), num_bytes=30 * size),),
             floors=(),
             peers=kernel_peers.ADAMW,
-            num_bytes=30 * size,
             flops=0,
             targets=(Target(BANDWIDTH, 1 / 0.85),),
         )
@@ -120,15 +121,59 @@ def sum_of_squares_cases(device: torch.device, quick: bool) -> list[Case]:
             make_inputs=make_inputs,
             expected=lambda gradient: {"sum": gradient.double().square().sum()},
             plain=lambda gradient: {"sum": torch.linalg.vector_norm(gradient, dtype=torch.float64) ** 2},
-            ours=(Contender("ours", lambda gradient: {"sum": sum_of_squares(gradient)}),),
+            ours=(Contender("ours", lambda gradient: {"sum": sum_of_squares(gradient)}, num_bytes=4 * size),),
             floors=(),
             peers=kernel_peers.SUM_OF_SQUARES,
-            num_bytes=4 * size,
             flops=0,
             targets=(Target(BANDWIDTH, 1 / 0.85),),
         )
 
     return [case(size) for size in (QUICK_NUM_PARAMETERS if quick else NUM_PARAMETERS)[device.type]]
+
+
+def fp8_cases(device: torch.device, quick: bool) -> list[Case]:
+    """To FP8 and back, and the transposition: 2 + 1, 1 + 2 and 1 + 1 bytes a number; the scales are few."""
+    outputs, features = LINEARS[device.type][-1]
+
+    def numbers() -> Tensor:
+        torch.manual_seed(0)
+        return torch.randn(outputs, features, dtype=torch.bfloat16, device=device)
+
+    def parts(q: BlockScaled) -> Outputs:
+        return {"data": q.data, "scale": q.scale}
+
+    def case(what: str, num_bytes: int, make_inputs, run: Callable[..., Outputs], reference: Callable[[], Outputs]):
+        return Case(
+            operation="fp8",
+            shape=dict(what=what, R=outputs, C=features),
+            make_inputs=make_inputs,
+            expected=lambda _: {name: output.double() for name, output in reference().items()},
+            plain=lambda _: reference(),
+            ours=(Contender("ours", run, num_bytes=num_bytes * outputs * features),),
+            floors=(),
+            peers=(),
+            flops=0,
+        )
+
+    def weight() -> BlockScaled:
+        return quantize_reference(numbers(), BLOCK)
+
+    return [
+        *(
+            case(
+                f"quantize {rows}x{BLOCK}",
+                *(3, numbers, lambda x, rows=rows: parts(quantize(x, rows))),
+                lambda rows=rows: parts(quantize_reference(numbers(), rows)),
+            )
+            for rows in (1, BLOCK)
+        ),
+        case(
+            "dequantize",
+            *(3, weight, lambda q: {"numbers": dequantize(q, torch.bfloat16)}),
+            lambda: {"numbers": dequantize_reference(weight(), torch.bfloat16)},
+        ),
+        case("transpose", 2, weight, lambda q: parts(transpose(q)), lambda: parts(transpose_reference(weight()))),
+    ]
 
 
 def frozen_linear_cases(device: torch.device, quick: bool) -> list[Case]:
@@ -153,8 +198,6 @@ def frozen_linear_cases(device: torch.device, quick: bool) -> list[Case]:
             ours=(Contender("ours", run),),
             floors=(Contender(CUBLAS, cublas),),
             peers=kernel_peers.FROZEN_LINEAR,
-            # Operands rounded (3 bytes a number), read and, the weight, transposed; results written.
-            num_bytes=6 * tokens * (features + outputs) + 4 * features * outputs,
             flops=4 * tokens * features * outputs,
             targets=(Target(CUBLAS, 1 / 1.5),),
         )
@@ -189,7 +232,6 @@ def frozen_linear_dgrad_cases(device: torch.device, quick: bool) -> list[Case]:
             ),
             floors=(Contender(CUBLAS, lambda inputs: {"grad_x": inputs.grad @ inputs.weight_bf16}),),
             peers=(Contender("dequantise, cuBLAS in bf16", dequantized),),  # does not round the gradient to FP8
-            num_bytes=tokens * (4 * outputs + 2 * features) + 3 * features * outputs,
             flops=2 * tokens * features * outputs,
         )
 
@@ -199,10 +241,12 @@ def frozen_linear_dgrad_cases(device: torch.device, quick: bool) -> list[Case]:
 def _linear_inputs(tokens: int, outputs: int, features: int, device: torch.device) -> LinearInputs:
     torch.manual_seed(0)
     random = partial(torch.randn, dtype=torch.bfloat16, device=device)
-    weight = quantize(random(outputs, features).mul_(features**-0.5), BLOCK)
+    original = random(outputs, features).mul_(features**-0.5)
+    weight = quantize(original, BLOCK)
     return LinearInputs(
         x=random(tokens, features).requires_grad_(),
         grad=random(tokens, outputs),
+        original=original,
         weight=weight,
         weight_bf16=dequantize(weight, torch.bfloat16),
     )
@@ -211,6 +255,6 @@ def _linear_inputs(tokens: int, outputs: int, features: int, device: torch.devic
 def _plain_linear(inputs: LinearInputs, dtype: torch.dtype) -> Outputs:
     """On the operands as rounded to FP8, in plain PyTorch; fp32 results are rounded as ours are."""
     x, grad = (dequantize_reference(quantize_reference(t.detach(), 1), dtype) for t in (inputs.x, inputs.grad))
-    weight = dequantize_reference(inputs.weight, dtype)
+    weight = dequantize_reference(quantize_reference(inputs.original, BLOCK), dtype)
     result = torch.float64 if dtype == torch.float64 else inputs.x.dtype
     return {"y": (x @ weight.T).to(result), "grad_x": (grad @ weight).to(result)}

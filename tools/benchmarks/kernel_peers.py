@@ -111,12 +111,13 @@ def _compiled_head(inputs: Any) -> Tensor:
     return function(inputs.hidden, inputs.weight, inputs.targets, inputs.softcap)
 
 
-def _torch_linear_cross_entropy(inputs: Any) -> Tensor:
-    """In chunks of tokens. Its token losses are bf16."""
+def _torch_linear_cross_entropy(inputs: Any, tokens_per_chunk: int | None = None) -> Tensor:
+    """In chunks of tokens, its own choice of some hundreds or ours. Its token losses are bf16."""
     if not hasattr(F, "linear_cross_entropy"):
         raise Unsupported(f"torch {torch.__version__} does not have it")
     refuse_softcap(inputs)
-    options = torch.nn.LinearCrossEntropyOptions()
+    chunks = {} if tokens_per_chunk is None else dict(batch_chunk_size=tokens_per_chunk, chunking_method=None)
+    options = torch.nn.LinearCrossEntropyOptions(**chunks)
     return F.linear_cross_entropy(inputs.hidden, inputs.weight, inputs.targets, reduction="none", options=options)
 
 
@@ -155,6 +156,11 @@ HEAD_LOSS = (
     Contender("torch", _from_hidden(_eager_head)),
     Contender("torch.compile", _from_hidden(_compiled_head)),
     Contender("torch linear_cross_entropy", _from_hidden(_torch_linear_cross_entropy), recomputes=True),
+    Contender(
+        "the same, chunks of 4,096",
+        _from_hidden(partial(_torch_linear_cross_entropy, tokens_per_chunk=4096)),
+        recomputes=True,
+    ),
     Contender("Liger", _from_hidden(_liger_head), recomputes=True),
     Contender("cut-cross-entropy", _from_hidden(_cut_cross_entropy_head), recomputes=True),
     Contender("QuACK, unfused", _from_hidden(_quack_head)),
@@ -199,7 +205,7 @@ def _torch_adamw(inputs: Any, fused: bool) -> Outputs:
     if not fused:
         inputs.gradient.mul_(inputs.gradient_scale)
     for weight_decay, (master, gradient, exp_avg, exp_avg_sq, weights) in _decay_groups(inputs):
-        steps = torch.tensor(float(ADAMW_SETTINGS["step"] - 1), device=device)
+        steps = torch.full((), ADAMW_SETTINGS["step"] - 1.0, device=device)  # a tensor of a number would wait
         adamw(
             *([master], [gradient], [exp_avg], [exp_avg_sq], [], [steps]),
             **dict(fused=fused, foreach=not fused, grad_scale=1 / inputs.gradient_scale if fused else None),
