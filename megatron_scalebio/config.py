@@ -36,12 +36,18 @@ class ShapeConfig:
     rope_base: float = 1_000_000.0
     norm_epsilon: float = 1e-6
     tied_embeddings: bool = False
+    head_size: int | None = None  # None: hidden_size / num_attention_heads
+    rope_scaling: Any = None  # Llama-3.1's: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
+    query_pre_attn_scalar: float | None = None  # attention scores are divided by its square root; None: head_size
+    attention_softcap: float | None = None  # c in c * tanh(scores / c)
+    final_softcap: float | None = None  # c in c * tanh(logits / c)
+    sliding_window: int | None = None  # tokens that every other layer sees, from the first layer on; None: all
 
 
 @dataclass
 class ModelConfig:
-    family: str = "qwen2"  # qwen2 (2 and 2.5)
-    hf_path: str | None = None  # a Hugging Face checkpoint folder; None: random weights in the shape below
+    family: str = "qwen2"  # qwen2 (2 and 2.5) | llama3 (and 2, 3.1, 3.2) | gemma2
+    hf_path: str | None = None  # a Hugging Face checkpoint folder, whose shape then counts; None: random weights
     shape: ShapeConfig = field(default_factory=ShapeConfig)
     implementation: str = "auto"  # auto (native) | native | te
 
@@ -54,7 +60,7 @@ class SourceConfig:
 
 @dataclass
 class DataConfig:
-    tokenizer: str = "bytes"  # a Hugging Face folder, a SentencePiece .model, or "bytes"
+    tokenizer: str | None = None  # a Hugging Face folder, a SentencePiece .model, or "bytes"; None: model.hf_path's
     template: str = "auto"  # auto: the tokenizer's chat template, else plain | plain | alpaca | FILE.jinja
     sources: list[SourceConfig] = field(default_factory=list)
     validation: str | None = None  # drives the weights
@@ -130,6 +136,9 @@ class RunConfig:
     eval_every: int = 25  # steps; 0: only at the end
     resume: str = "never"  # never | auto
     device: str = "auto"  # auto | cpu | cuda
+    export: bool = True  # the upper model as a Hugging Face checkpoint in output_dir/hf, at the end
+    export_dtype: str | None = None  # bf16 | fp32; None: as precision.compute
+    export_shard_gb: float = 5.0  # largest file of the export, in 10^9 bytes
 
 
 @dataclass
@@ -194,9 +203,7 @@ def load_config(path: str | None, overrides: list[str]) -> Config:
         UserError: unreadable file, unknown key or value of the wrong type; all of them in one message.
     """
     problems: list[str] = []
-    settings = _file_settings(Path(path), problems) if path is not None else []
-    for override in overrides:
-        settings += _override_settings(override, problems)
+    settings = _settings(path, overrides, problems)
     tree = OmegaConf.structured(Config)
     for setting in settings:
         _apply(tree, setting, problems)
@@ -215,7 +222,14 @@ def load_config(path: str | None, overrides: list[str]) -> Config:
     config.run.output_dir = str(Path(config.run.output_dir).absolute())
     if isinstance(config.bilevel.weights, str):
         config.bilevel.weights = _read_weights(config.bilevel.weights)
+    if config.data.tokenizer is None:
+        config.data.tokenizer = config.model.hf_path or "bytes"
     return config
+
+
+def given_settings(path: str | None, overrides: list[str]) -> dict[str, Any]:
+    """{"section.key": value} of what `load_config` was given, defaults and preset left out."""
+    return {setting.key: setting.value for setting in _settings(path, overrides, [])}
 
 
 def nearest(word: str, known: typing.Iterable[str]) -> str:
@@ -248,12 +262,15 @@ def to_dict(config: Config) -> dict[str, Any]:
 def changed_from_preset(config: Config) -> dict[str, tuple[Any, Any]]:
     """{key: (value under the preset alone, value)} for every setting that differs from the run's preset.
 
-    Which data a run reads and where it writes is left out: no preset has a say in it.
+    Which data and model a run reads and where it writes is left out: no preset has a say in it.
     """
     plain = flatten(load_config(None, [f"bilevel.preset={config.bilevel.preset}"]))
     current = flatten(config)
     for key in ("data.sources", "data.validation", "data.test", "run.output_dir"):
         del current[key]
+    if config.model.hf_path is not None:
+        current = {key: value for key, value in current.items() if not key.startswith("model.")}
+        current["model.implementation"] = config.model.implementation
     return {key: (plain[key], value) for key, value in current.items() if plain[key] != value}
 
 
@@ -275,6 +292,14 @@ def padded_vocab_size(vocab_size: int) -> int:
     The padding rows are never a target and are masked out of the softmax.
     """
     return -(-vocab_size // 128) * 128
+
+
+def _settings(path: str | None, overrides: list[str], problems: list[str]) -> list[_Setting]:
+    """The file's settings, then the command line's."""
+    settings = _file_settings(Path(path), problems) if path is not None else []
+    for override in overrides:
+        settings += _override_settings(override, problems)
+    return settings
 
 
 def _file_settings(path: Path, problems: list[str]) -> list[_Setting]:

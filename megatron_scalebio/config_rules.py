@@ -5,9 +5,10 @@ import math
 from typing import Any
 
 from megatron_scalebio.config import Config, UserError, flatten, nearest
+from megatron_scalebio.families import FAMILIES
 
 CHOICES: dict[str, tuple[Any, ...]] = {
-    "model.family": ("qwen2",),
+    "model.family": tuple(FAMILIES),
     "model.implementation": ("auto", "native", "te"),
     "data.over_length": ("truncate", "drop", "error"),
     "data.sampling": ("stratified", "natural"),
@@ -21,12 +22,12 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "precision.compute": ("fp64", "fp32", "bf16"),
     "precision.frozen_weights": (None,),
     "run.resume": ("never", "auto"),
+    "run.export_dtype": (None, "bf16", "fp32"),
     "run.device": ("auto", "cpu", "cuda"),
 }
 
 # Part of the design, not of this version: refused by name, so that nobody takes them for a typing error.
 UNAVAILABLE: dict[str, tuple[str, ...]] = {
-    "model.family": ("llama3", "gemma2"),
     "precision.compute": ("fp8",),
     "precision.frozen_weights": ("fp8",),
 }
@@ -41,6 +42,8 @@ AT_LEAST: dict[str, int] = {
             "model.shape.num_attention_heads",
             "model.shape.num_query_groups",
             "model.shape.vocab_size",
+            "model.shape.head_size",
+            "model.shape.sliding_window",
             "data.micro_batch_size",
             "bilevel.steps",
             "bilevel.global_batch_size",
@@ -61,10 +64,14 @@ AT_LEAST: dict[str, int] = {
 POSITIVE = (
     "model.shape.rope_base",
     "model.shape.norm_epsilon",
+    "model.shape.query_pre_attn_scalar",
+    "model.shape.attention_softcap",
+    "model.shape.final_softcap",
     "bilevel.penalty_alpha",
     "bilevel.penalty_growth",
     "optimizer.clip_grad",
     "optimizer.eps",
+    "run.export_shard_gb",
 )
 
 NOT_NEGATIVE = (
@@ -77,6 +84,11 @@ NOT_NEGATIVE = (
     "optimizer.warmup",
 )
 
+# Without a counterpart in the other families' checkpoints and formulas.
+GEMMA_ONLY = ("query_pre_attn_scalar", "attention_softcap", "final_softcap", "sliding_window")
+
+ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
 
 def check_config(config: Config, world_size: int, vocab_size: int | None) -> None:
     """Checks `config` for `world_size` ranks and, where given, a tokenizer of `vocab_size` ids.
@@ -86,7 +98,8 @@ def check_config(config: Config, world_size: int, vocab_size: int | None) -> Non
     """
     problems = _values(config)
     if not problems:  # the rules below divide by these values
-        problems = [*_shape(config, vocab_size), *_layout(config, world_size), *_sources(config), *_installed(config)]
+        model = [*_shape(config, vocab_size), *_family(config)]
+        problems = [*model, *_layout(config, world_size), *_sources(config), *_installed(config)]
     if problems:
         raise UserError("\n".join(problems))
 
@@ -102,8 +115,6 @@ def _values(config: Config) -> list[str]:
         elif value not in allowed:
             words = [_text(choice) for choice in allowed]
             problems.append(f"{key}={value}: must be one of {', '.join(words)} (nearest: {nearest(str(value), words)})")
-    if config.model.hf_path is not None:
-        problems.append("model.hf_path: Hugging Face checkpoints are not available in this version; set model.shape")
     if config.parallel.virtual_pipeline is not None:
         problems.append("parallel.virtual_pipeline: virtual stages are not supported; remove it")
     for key, smallest in AT_LEAST.items():
@@ -141,8 +152,13 @@ def _last_alpha(config: Config) -> list[str]:
 def _shape(config: Config, vocab_size: int | None) -> list[str]:
     shape, lisa, problems = config.model.shape, config.lisa, []
     hidden, heads, groups = shape.hidden_size, shape.num_attention_heads, shape.num_query_groups
-    if hidden % heads:
-        problems.append(f"model.shape.hidden_size={hidden} must be a multiple of num_attention_heads={heads}")
+    if shape.head_size is not None:
+        if shape.head_size % 2:
+            problems.append(f"model.shape.head_size={shape.head_size}: rotary embeddings need an even size")
+    elif hidden % heads:
+        problems.append(
+            f"model.shape.hidden_size={hidden} must be a multiple of num_attention_heads={heads}, or set head_size"
+        )
     elif (hidden // heads) % 2:
         problems.append(
             f"model.shape.hidden_size={hidden} over num_attention_heads={heads} gives heads of {hidden // heads};"
@@ -158,6 +174,46 @@ def _shape(config: Config, vocab_size: int | None) -> list[str]:
         problems.append(
             f"model.shape.vocab_size={shape.vocab_size} is smaller than the {vocab_size} ids of"
             f" data.tokenizer={config.data.tokenizer}"
+        )
+    return problems
+
+
+def _family(config: Config) -> list[str]:
+    """What a family's formulas and checkpoints have no place for."""
+    model, shape, problems = config.model, config.model.shape, []
+    family, name = FAMILIES[model.family], f"model.family={model.family}"
+    if model.family != "gemma2":
+        problems += [
+            f"model.shape.{key}={getattr(shape, key)}: {name} has none; set it to null, or model.family to gemma2"
+            for key in GEMMA_ONLY
+            if getattr(shape, key) is not None
+        ]
+    elif not shape.tied_embeddings:
+        problems.append(f"{name} uses its embedding as its head: set model.shape.tied_embeddings=true")
+    if shape.rope_scaling is not None:
+        if model.family != "llama3":
+            problems.append(f"model.shape.rope_scaling: {name} has none; set it to null, or model.family to llama3")
+        problems += _rope_scaling(shape.rope_scaling)
+    if model.implementation == "te" and family.post_norms:
+        problems.append(
+            f"model.implementation=te has neither the post norms nor the softcaps of {name}; use native or auto"
+        )
+    return problems
+
+
+def _rope_scaling(scaling: Any) -> list[str]:
+    key = "model.shape.rope_scaling"
+    if not isinstance(scaling, dict) or set(scaling) != set(ROPE_SCALING):
+        return [f"{key}={scaling}: must be a mapping of {', '.join(ROPE_SCALING)}, all of them and no more"]
+    problems = [
+        f"{key}: {name}={value} must be a positive, finite number"
+        for name, value in scaling.items()
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf
+    ]
+    if not problems and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        problems.append(
+            f"{key}: low_freq_factor={scaling['low_freq_factor']} must be below"
+            f" high_freq_factor={scaling['high_freq_factor']}"
         )
     return problems
 

@@ -8,26 +8,29 @@ upper alone under `bilevel.mode=fixed`.
 from collections.abc import Collection, Sequence
 
 from megatron_scalebio.config import Config, ShapeConfig, padded_vocab_size
+from megatron_scalebio.families import FAMILIES
 
 WEIGHT_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2}
 MASTER_BYTES = {"fp64": 8, "fp32": 4, "bf16": 4}
 ALWAYS_ACTIVE = ("embedding", "final_norm", "head")
 
 
-def layer_parameters(shape: ShapeConfig, tensor: int = 1) -> int:
-    """Parameters of one decoder layer on one of `tensor` tensor-parallel ranks; the two norms are on each."""
-    hidden, head_size = shape.hidden_size, shape.hidden_size // shape.num_attention_heads
+def layer_parameters(family: str, shape: ShapeConfig, tensor: int = 1) -> int:
+    """Parameters of one decoder layer on one of `tensor` tensor-parallel ranks; its norms are on each."""
+    hidden, differs = shape.hidden_size, FAMILIES[family]
+    head_size = shape.head_size or hidden // shape.num_attention_heads
     query, key_value = shape.num_attention_heads * head_size, shape.num_query_groups * head_size
-    qkv = (query + 2 * key_value) * (hidden + 1)  # with bias
+    qkv = (query + 2 * key_value) * (hidden + differs.qkv_bias)
     feed_forward = 3 * hidden * shape.ffn_hidden_size  # gate, up, down
-    return (qkv + query * hidden + feed_forward) // tensor + 2 * hidden
+    num_norms = 4 if differs.post_norms else 2
+    return (qkv + query * hidden + feed_forward) // tensor + num_norms * hidden
 
 
-def model_parameters(shape: ShapeConfig, vocab_size: int) -> int:
+def model_parameters(family: str, shape: ShapeConfig, vocab_size: int) -> int:
     """Parameters of the whole model, without the vocabulary's padding."""
     table = vocab_size * shape.hidden_size
     tables = table if shape.tied_embeddings else 2 * table
-    return tables + shape.num_layers * layer_parameters(shape) + shape.hidden_size
+    return tables + shape.num_layers * layer_parameters(family, shape) + shape.hidden_size
 
 
 def stage_blocks(config: Config, vocab_size: int, stage: int) -> dict[str, int]:
@@ -37,12 +40,19 @@ def stage_blocks(config: Config, vocab_size: int, stage: int) -> dict[str, int]:
     per_stage = shape.num_layers // num_stages
     blocks = {"embedding": table} if stage == 0 else {}
     for layer in range(stage * per_stage, (stage + 1) * per_stage):
-        blocks[f"layers.{layer}"] = layer_parameters(shape, tensor)
+        blocks[f"layers.{layer}"] = layer_parameters(config.model.family, shape, tensor)
     if stage == num_stages - 1:
         blocks["final_norm"] = shape.hidden_size
         if not (shape.tied_embeddings and num_stages == 1):  # on a later stage a tied head is a copy
             blocks["head"] = table
     return blocks
+
+
+def padded_block(numel: int, data_parallel: int) -> int:
+    """Numbers that a flat block of `numel` parameters is stored in: every data-parallel rank's shard of it begins and
+    ends at a multiple of 16, so that kernels can read and write 16 bytes at a time."""
+    unit = 16 * data_parallel
+    return -(-numel // unit) * unit
 
 
 def rank_bytes(
@@ -55,7 +65,7 @@ def rank_bytes(
 ) -> dict[str, int]:
     """Bytes by part on one rank, both models together, activations excluded.
 
-    A block is padded to a multiple of the data-parallel size; gradients are whole, masters and moments sharded. Layers
+    Blocks are padded (`padded_block`); gradients are whole, masters and moments sharded. Layers
     that neither model has ever thawed are stored once. Where the compute type is the master's there is no other master.
 
     Args:
@@ -66,7 +76,7 @@ def rank_bytes(
     weight, master = WEIGHT_BYTES[compute], MASTER_BYTES[compute]
     parts = dict.fromkeys(("frozen weights", "active weights", "gradients", "masters", "moments", "host masters"), 0)
     for block, numel in stage_blocks(config, vocab_size, stage).items():
-        padded = -(-numel // data_parallel) * data_parallel
+        padded = padded_block(numel, data_parallel)
         layer = None if block in ALWAYS_ACTIVE else int(block.partition(".")[2])
         trains = [layer is None or layer in layers for layers in active]
         has_trained = [layer is None or layer in layers for layers in thawed]

@@ -23,6 +23,11 @@ data:
   validation: val.jsonl
 """
 
+ROPE_SCALING = (
+    "model.shape.rope_scaling={factor:8,low_freq_factor:1,high_freq_factor:4,original_max_position_embeddings:8192}"
+)
+GEMMA = "model.family=gemma2 model.shape.tied_embeddings=true"
+
 
 @pytest.fixture
 def load(tmp_path):
@@ -196,6 +201,21 @@ def test_a_good_configuration_passes(load):
 
 
 @pytest.mark.parametrize(
+    "overrides",
+    [
+        "model.family=llama3",
+        f"model.family=llama3 {ROPE_SCALING} model.shape.head_size=24",
+        "model.shape.hidden_size=130 model.shape.head_size=32",
+        GEMMA,
+        f"{GEMMA} model.shape.hidden_size=130 model.shape.head_size=256 model.shape.query_pre_attn_scalar=144"
+        " model.shape.attention_softcap=50 model.shape.final_softcap=30 model.shape.sliding_window=4096",
+    ],
+)
+def test_what_a_family_has_passes(load, overrides):
+    check(load(*(override.replace(":", ": ") for override in overrides.split())))
+
+
+@pytest.mark.parametrize(
     "overrides, rule",
     [
         ("model.shape.hidden_size=130", "hidden_size=130 must be a multiple of num_attention_heads=4"),
@@ -231,8 +251,31 @@ def test_a_good_configuration_passes(load):
         ("data.sources=[{name:'',path:b}]", "data.sources[0]: the name is empty"),
         ("data.validation=null", "data.validation is not set"),
         ("bilevel.global_batch_size=1", "raise bilevel.global_batch_size=1"),
-        ("model.family=llama3", "model.family=llama3 is not available in this version; use qwen2"),
-        ("model.hf_path=/x", "model.hf_path: Hugging Face checkpoints are not available"),
+        ("model.shape.head_size=15", "model.shape.head_size=15: rotary embeddings need an even size"),
+        ("model.family=gemma2", "model.family=gemma2 uses its embedding as its head: set model.shape.tied_embeddings"),
+        (
+            "model.family=llama3 model.shape.sliding_window=8",
+            "sliding_window=8: model.family=llama3 has none; set it to",
+        ),
+        ("model.shape.attention_softcap=50", "model.shape.attention_softcap=50.0: model.family=qwen2 has none"),
+        ("model.shape.final_softcap=30", "model.shape.final_softcap=30.0: model.family=qwen2 has none"),
+        ("model.shape.query_pre_attn_scalar=9", "query_pre_attn_scalar=9.0: model.family=qwen2 has none"),
+        (
+            ROPE_SCALING,
+            "model.shape.rope_scaling: model.family=qwen2 has none; set it to null, or model.family to llama3",
+        ),
+        ("model.family=llama3 model.shape.rope_scaling={factor:8}", "must be a mapping of factor, low_freq_factor,"),
+        ("model.family=llama3 model.shape.rope_scaling=8", "model.shape.rope_scaling=8: must be a mapping of factor"),
+        (
+            f"model.family=llama3 {ROPE_SCALING.replace('8192', '0')}",
+            "original_max_position_embeddings=0 must be a pos",
+        ),
+        (
+            f"model.family=llama3 {ROPE_SCALING.replace('8192', 'x')}",
+            "original_max_position_embeddings=x must be a pos",
+        ),
+        (f"model.family=llama3 {ROPE_SCALING.replace('4', '1')}", "low_freq_factor=1 must be below high_freq_factor=1"),
+        (f"{GEMMA} model.implementation=te", "model.implementation=te has neither the post norms nor the softcaps"),
         ("precision.compute=fp8", "precision.compute=fp8 is not available in this version"),
         ("precision.frozen_weights=fp8", "precision.frozen_weights=fp8 is not available in this version; use null"),
         ("precision.compute=fp64 run.device=cuda", "precision.compute=fp64 is for parity on the CPU"),
@@ -249,10 +292,10 @@ def test_a_broken_rule_is_named_with_its_values(load, overrides, rule):
 
 @pytest.mark.parametrize("key", CHOICES)
 def test_a_word_that_is_no_choice_is_refused_with_the_nearest(load, key):
-    allowed = [str(choice) for choice in CHOICES[key] if choice is not None]
-    near = allowed[-1] if allowed else "null"
+    allowed = ["null" if choice is None else str(choice) for choice in CHOICES[key]]
+    near = allowed[-1]
     message = refusal(check, load(f"{key}={near}x"))
-    assert message == f"{key}={near}x: must be one of {', '.join(allowed or ['null'])} (nearest: {near})"
+    assert message == f"{key}={near}x: must be one of {', '.join(allowed)} (nearest: {near})"
 
 
 @pytest.mark.parametrize("key, value", [(key, least - 1) for key, least in AT_LEAST.items()])

@@ -11,23 +11,31 @@ from megatron_scalebio.mcore.process_groups import start_process_groups
 from tests.distributed import run_distributed
 
 VOCAB_SIZE = 258
+GEMMA_2B = ShapeConfig(26, 2304, 9216, 8, 4, head_size=256, tied_embeddings=True)
+GEMMA_9B = ShapeConfig(42, 3584, 14_336, 16, 8, head_size=256, tied_embeddings=True)
 
 
 @pytest.mark.parametrize(
-    "shape, vocab_size, parameters",
+    "family, shape, vocab_size, parameters",
     [
-        (ShapeConfig(24, 896, 4864, 14, 2, tied_embeddings=True), 151_936, 494_032_768),  # Qwen2.5-0.5B
-        (ShapeConfig(28, 3584, 18_944, 28, 4), 152_064, 7_615_616_512),  # Qwen2.5-7B
-        (ShapeConfig(64, 5120, 27_648, 40, 8), 152_064, 32_763_876_352),  # Qwen2.5-32B
+        ("qwen2", ShapeConfig(24, 896, 4864, 14, 2, tied_embeddings=True), 151_936, 494_032_768),  # Qwen2.5-0.5B
+        ("qwen2", ShapeConfig(28, 3584, 18_944, 28, 4), 152_064, 7_615_616_512),  # Qwen2-7B, Qwen2.5-7B
+        ("qwen2", ShapeConfig(64, 5120, 27_648, 40, 8), 152_064, 32_763_876_352),  # Qwen2.5-32B
+        ("llama3", ShapeConfig(32, 4096, 14_336, 32, 8), 128_256, 8_030_261_248),  # Llama-3-8B
+        ("llama3", ShapeConfig(16, 2048, 8192, 32, 8, tied_embeddings=True), 128_256, 1_235_814_400),  # Llama-3.2-1B
+        ("gemma2", GEMMA_2B, 256_000, 2_614_341_888),
+        ("gemma2", GEMMA_9B, 256_000, 9_241_705_984),
     ],
 )
-def test_parameters_equal_the_published_models(shape, vocab_size, parameters):
-    assert model_parameters(shape, vocab_size) == parameters
+def test_parameters_equal_the_published_models(family, shape, vocab_size, parameters):
+    assert model_parameters(family, shape, vocab_size) == parameters
 
 
-def test_tensor_parallel_ranks_hold_a_layer_and_its_norms_again():
+@pytest.mark.parametrize("family, num_norms", [("qwen2", 2), ("llama3", 2), ("gemma2", 4)])
+def test_tensor_parallel_ranks_hold_a_layer_and_its_norms_again(family, num_norms):
     shape = ShapeConfig(24, 896, 4864, 14, 2)
-    assert 2 * layer_parameters(shape, tensor=2) == layer_parameters(shape) + 2 * shape.hidden_size
+    repeated = num_norms * shape.hidden_size
+    assert 2 * layer_parameters(family, shape, 2) == layer_parameters(family, shape) + repeated
 
 
 def a_config(*overrides: str) -> Config:
@@ -69,6 +77,8 @@ def held_bytes(config: Config, num_periods: int) -> list[dict[str, int]]:
         ["precision.compute=bf16", "lisa.pairing=independent"],  # two data-parallel ranks
         ["precision.compute=fp64", "lisa.enabled=false"],
         ["bilevel.mode=fixed", "precision.compute=bf16"],
+        ["model.family=llama3", "model.shape.head_size=10", "parallel.pipeline=2", "precision.compute=bf16"],
+        ["model.family=gemma2", "model.shape.head_size=24", "model.shape.tied_embeddings=true", "parallel.tensor=2"],
     ],
     ids=" ".join,
 )

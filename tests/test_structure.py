@@ -11,7 +11,7 @@ PACKAGE = "megatron_scalebio"
 
 # Low to high; a unit imports from lower floors and from itself. A unit is a module or a folder of the package.
 FLOORS = (
-    ("config", "__init__"),
+    ("config", "__init__", "families"),
     ("config_rules", "device", "kernels"),
     ("losses", "source_weights"),
     ("active_layers", "data", "estimates", "hf", "console", "charts"),

@@ -26,7 +26,6 @@ from megatron_scalebio.data.batch import MicroBatch
 from megatron_scalebio.kernels.head_loss import head_loss
 from megatron_scalebio.kernels.loss_sums import sums_by_id
 from megatron_scalebio.losses import TokenCoefs
-from megatron_scalebio.mcore.layers import attention_class
 from megatron_scalebio.mcore.process_groups import ProcessGroups
 
 
@@ -54,7 +53,6 @@ class DualModel(torch.nn.Module):
         upper = models[Role.UPPER]
         self.config, self.model_type = upper.config, upper.model_type
         self.groups, self.vocab_size, self.device, self.te = groups, vocab_size, device, te
-        self.attention = attention_class(device, upper.config.params_dtype)
         self._input_tensor = None
 
     def set_input_tensor(self, input_tensor: list[Tensor]) -> None:
@@ -65,10 +63,11 @@ class DualModel(torch.nn.Module):
         the loss and the raw token losses [N]."""
         model, micro_batch = self.models[task.role.value], task.micro_batch
         model.set_input_tensor(self._input_tensor)
+        attention, window = self.config.core_attention, self.config.sliding_window
         return model(
             input_ids=micro_batch.tokens.unsqueeze(0),
             position_ids=None,
-            attention_mask=None if self.te else self.attention.prepare(micro_batch),
+            attention_mask=None if self.te else attention.prepare(micro_batch, window),
             packed_seq_params=_packed_for_te(micro_batch) if self.te else None,
             output_processor=self._loss if self.groups.is_last_stage else None,
             output_processor_context=task,
@@ -89,6 +88,7 @@ class DualModel(torch.nn.Module):
             context.coefs.loss_coef,
             self.vocab_size,
             self.groups.tensor,
+            softcap=self.config.final_softcap,
             main_grad=getattr(weight, "main_grad", None),  # a frozen weight has none
         )
 

@@ -1,36 +1,46 @@
-"""Megatron-Core's GPTModel in the shape of `model.shape`, this rank's stage and tensor-parallel shard of it."""
+"""Megatron-Core's GPTModel in the family and shape of `model`, this rank's stage and tensor-parallel shard of it."""
 
 import logging
+import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-from megatron.core.transformer import TransformerConfig
 
 from megatron_scalebio.config import Config, padded_vocab_size
-from megatron_scalebio.mcore.layers import ExactRotaryEmbedding, native_block_spec
+from megatron_scalebio.families import FAMILIES
+from megatron_scalebio.mcore.attention import choose_attention
+from megatron_scalebio.mcore.layers import DecoderConfig, ExactRotaryEmbedding, native_block_spec, rotary_frequencies
 from megatron_scalebio.mcore.process_groups import ProcessGroups
 
 COMPUTE_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
-def transformer_config(config: Config) -> TransformerConfig:
-    """Megatron-Core's settings of a Qwen-2.5 decoder: RMSNorm, SwiGLU, grouped queries, QKV bias, no dropout."""
-    shape, parallel = config.model.shape, config.parallel
+def decoder_config(config: Config, device: torch.device) -> DecoderConfig:
+    """The decoder layers' settings: RMSNorm, gated MLP, grouped queries, no dropout, and what the family adds."""
+    shape, parallel, family = config.model.shape, config.parallel, FAMILIES[config.model.family]
     dtype = COMPUTE_DTYPES[config.precision.compute]
-    return TransformerConfig(
+    scalar, window = shape.query_pre_attn_scalar, shape.sliding_window
+    return DecoderConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         ffn_hidden_size=shape.ffn_hidden_size,
         num_attention_heads=shape.num_attention_heads,
         num_query_groups=shape.num_query_groups,
+        kv_channels=shape.head_size,
+        softmax_scale=None if scalar is None else scalar**-0.5,
+        window_size=None if window is None else (window - 1, 0),  # Megatron-Core does not count the query itself
+        window_attn_skip_freq=2,  # layers 1, 3, 5, .. counted from 1 have the window
         normalization="RMSNorm",
         layernorm_epsilon=shape.norm_epsilon,
+        layernorm_zero_centered_gamma=family.zero_centered_norms,
         gated_linear_unit=True,
-        activation_func=F.silu,
+        activation_func=ACTIVATIONS[family.activation],
         add_bias_linear=False,
-        add_qkv_bias=True,
+        add_qkv_bias=family.qkv_bias,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor,
@@ -49,6 +59,12 @@ def transformer_config(config: Config) -> TransformerConfig:
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
+        core_attention=choose_attention(config.model, device, dtype).backend,
+        row_length=config.data.max_length,
+        sliding_window=window,
+        attention_softcap=shape.attention_softcap,
+        final_softcap=shape.final_softcap,
+        post_norms=family.post_norms,
     )
 
 
@@ -58,17 +74,14 @@ def build_model(config: Config, groups: ProcessGroups, device: torch.device, voc
     Args:
         vocab_size: entries that count; the embedding and the head are padded to `padded_vocab_size` of it.
     """
-    shape, core = config.model.shape, transformer_config(config)
+    shape, core = config.model.shape, decoder_config(config, device)
     use_te = config.model.implementation == "te"
-    row_length = config.data.max_length
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)  # "GPTModel is deprecated", twice
     model = GPTModel(
         config=core,
-        transformer_layer_spec=get_gpt_layer_with_transformer_engine_spec()
-        if use_te
-        else native_block_spec(core, device, row_length),
+        transformer_layer_spec=get_gpt_layer_with_transformer_engine_spec() if use_te else native_block_spec(core),
         vocab_size=padded_vocab_size(vocab_size),
-        max_sequence_length=row_length,
+        max_sequence_length=core.row_length,
         pre_process=groups.is_first_stage,
         post_process=groups.is_last_stage,
         share_embeddings_and_output_weights=shape.tied_embeddings,
@@ -77,6 +90,17 @@ def build_model(config: Config, groups: ProcessGroups, device: torch.device, voc
         parallel_output=True,
         pg_collection=groups.collection,
     )
-    if not use_te:  # Transformer Engine's packed format restarts positions at every example and wants fp32 angles
-        model.rotary_pos_emb = ExactRotaryEmbedding(core.kv_channels, shape.rope_base)
+    frequencies = rotary_frequencies(core.kv_channels, shape.rope_base, shape.rope_scaling).to(device)
+    if use_te:  # its packed format restarts positions at every example and wants fp32 angles
+        model.rotary_pos_emb.inv_freq = frequencies.float()
+    else:
+        model.rotary_pos_emb = ExactRotaryEmbedding(frequencies)
+    if FAMILIES[config.model.family].scaled_embedding and groups.is_first_stage:
+        _scale_embedding(model, math.sqrt(shape.hidden_size))
     return model.to(device)
+
+
+def _scale_embedding(model: GPTModel, factor: float) -> None:
+    """Multiply what the embedding puts out, by the factor as the compute dtype rounds it: so transformers' Gemma2."""
+    rounded = torch.tensor(factor, dtype=model.config.params_dtype).item()
+    model.embedding.register_forward_hook(lambda module, inputs, output: output * rounded)

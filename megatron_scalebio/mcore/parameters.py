@@ -106,14 +106,15 @@ def load_weights(parameters: list[NamedParameter], source: Callable[[NamedParame
 
 def random_weights(shape: ShapeConfig, seed: int, dtype: torch.dtype) -> Callable[[NamedParameter], Tensor]:
     """Initial weights as Megatron's: normal with deviation 0.02, projections into the residual stream scaled by
-    1 / sqrt(2 * num_layers), norms 1, biases 0. A function of (seed, name) alone; fp64 runs begin at fp32's values.
+    1 / sqrt(2 * num_layers), norms neutral, biases 0. A function of (seed, name) alone; fp64 runs begin at fp32's
+    values.
     """
     residual = 0.02 / math.sqrt(2 * shape.num_layers)
 
     def full_tensor(parameter: NamedParameter) -> Tensor:
         name = parameter.name
         if name.endswith("norm.weight"):
-            return torch.ones(parameter.shape, dtype=dtype)
+            return torch.full(parameter.shape, getattr(parameter.tensor, "neutral", 1.0), dtype=dtype)
         if name.endswith(".bias"):
             return torch.zeros(parameter.shape, dtype=dtype)
         if shape.tied_embeddings and name == "output_layer.weight":
