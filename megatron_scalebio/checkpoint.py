@@ -78,8 +78,8 @@ def save_checkpoint(
     dist.barrier()
 
 
-def read_state(path: Path, config: Config, dataset_fingerprint: str) -> dict:
-    """A checkpoint's small state, checked to belong to this run.
+def read_state(path: Path, config: Config, dataset_fingerprint: str | None) -> dict:
+    """A checkpoint's small state, checked to belong to this run; without a fingerprint to any data.
 
     Raises: UserError, naming what differs.
     """
@@ -95,7 +95,7 @@ def read_state(path: Path, config: Config, dataset_fingerprint: str) -> dict:
         "layout": (_layout(config), "the layout: resuming on another one is not supported"),
     }
     for key, (value, words) in expected.items():
-        if state.get(key) != value:
+        if value is not None and state.get(key) != value:
             raise UserError(
                 f"{path} cannot be continued: it was written with other values of {words} ({state.get(key)} there, "
                 f"{value} here); restore them, or start anew in another run.output_dir"

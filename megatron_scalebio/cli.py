@@ -28,6 +28,7 @@ EXIT_USER_ERROR = 2
 EXITS_ON_SIGNAL = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 # The ranks end the step and save a checkpoint before they go; only then is force right.
 SHUTDOWN_SECONDS = 600
+TOLD = "told"
 LAUNCHER_PID = "MEGATRON_SCALEBIO_LAUNCHER_PID"
 
 
@@ -76,11 +77,22 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def _prepare(args: argparse.Namespace, world_size: int) -> "tuple[Config, Dataset]":
     """Loads and checks everything that can be checked without the model: settings, data, output folder."""
-    from megatron_scalebio.config import load_config
+    from megatron_scalebio.config import UserError, given_settings, load_config
     from megatron_scalebio.config_rules import check_config
     from megatron_scalebio.metrics import check_output_dir
 
     config = load_config(args.config, args.overrides)
+    if config.model.hf_path is not None:
+        from megatron_scalebio.hf import adopt_checkpoint, check_checkpoint
+
+        adopt_checkpoint(config, given_settings(args.config, args.overrides))
+        if not args.dry_run:  # which needs config.json only
+            check_checkpoint(config)
+            if config.data.tokenizer == "bytes":
+                raise UserError(
+                    f"data.tokenizer=bytes does not fit model.hf_path={config.model.hf_path}, whose embedding belongs"
+                    " to its own tokenizer: remove data.tokenizer, or name a folder"
+                )
     check_config(config, world_size, None)  # what is quick to find, before the data is read
     if _is_main_rank():
         check_output_dir(config)
@@ -112,6 +124,8 @@ def _train(args: argparse.Namespace) -> int:
     status = train(config, dataset)
     if _is_main_rank() and (Path(config.run.output_dir) / "weights.json").exists():
         print(f"report: {write_report(config.run.output_dir)}")
+        if (Path(config.run.output_dir) / "hf").exists():
+            print(f"model: {config.run.output_dir}/hf")
         if status in EXITS_ON_SIGNAL:
             print("stopped by a signal, checkpoint saved: run.resume=auto continues from it")
     return status
@@ -158,15 +172,15 @@ def _launch(args: argparse.Namespace) -> int:
         except SignalException as error:
             return 128 + error.sigval
         except ChildFailedError as error:
-            return _status_of_ranks(error)
+            return _status_of_ranks(error, told=any(Path(log_dir).rglob(TOLD)))
     return 0
 
 
-def _status_of_ranks(error: "ChildFailedError") -> int:  # noqa: F821
+def _status_of_ranks(error: "ChildFailedError", told: bool) -> int:  # noqa: F821
     """The launch's exit status from the failed ranks', the user's mistakes first."""
     statuses = {rank: failure.exitcode for rank, failure in error.failures.items()}
     if EXIT_USER_ERROR in statuses.values():
-        if statuses.get(0) != EXIT_USER_ERROR:  # then rank 0 has not told it
+        if not told:
             rank = next(rank for rank, status in statuses.items() if status == EXIT_USER_ERROR)
             print(f"error: {error.failures[rank].message}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -179,10 +193,15 @@ def _status_of_ranks(error: "ChildFailedError") -> int:  # noqa: F821
 
 
 def _report_user_error(message: str) -> None:
-    """Rank 0 prints; another rank leaves the message where the launcher finds it, should rank 0 not share the error."""
+    """Rank 0 prints; another rank leaves the message where the launcher finds it, should rank 0 not share the error.
+
+    Rank 0 leaves a mark, too: once another has failed it may be stopped before its own exit status tells.
+    """
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if _is_main_rank():
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        if error_file:
+            Path(error_file).with_name(TOLD).touch()
     elif error_file:
         Path(error_file).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
 
@@ -250,7 +269,7 @@ def _print_plan(config: "Config", dataset: "Dataset", world_size: int) -> None:
         print(f"source {name}: {len(examples)} examples, {truncated} of them truncated; {dropped} dropped")
     print(f"validation: {len(dataset.validation)} examples; test: {len(dataset.test)} examples")
     roles = ["lower", "upper"] if bilevel.mode == "bilevel" else ["upper"]
-    count = model_parameters(shape, vocab_size)
+    count = model_parameters(config.model.family, shape, vocab_size)
     print(f"parameters: {count:,} each of {' and '.join(roles)}; vocabulary {vocab_size:,}")
     draws = []
     for period in range(period_of(bilevel.steps, config.lisa) + 1):

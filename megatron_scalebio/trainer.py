@@ -14,6 +14,8 @@ from megatron_scalebio.checkpoint import load_models, newest_checkpoint, read_st
 from megatron_scalebio.config import Config
 from megatron_scalebio.data import Dataset, Sampler, StepBatch
 from megatron_scalebio.device import choose_device, read_back
+from megatron_scalebio.mcore.attention import choose_attention
+from megatron_scalebio.mcore.export import export_model
 from megatron_scalebio.mcore.host import MegatronModels
 from megatron_scalebio.mcore.process_groups import start_process_groups
 from megatron_scalebio.metrics import MetricsWriter
@@ -38,12 +40,17 @@ class Trainer:
         self.groups = start_process_groups(config.parallel, self.device)
         self.sampler = Sampler(dataset, config, self.groups.data.rank(), self.groups.data.size())
         vocab_size = config.model.shape.vocab_size or dataset.tokenizer.vocab_size
-        self.models = MegatronModels(config, self.groups, self.device, vocab_size)
+        checkpoint = newest_checkpoint(config) if config.run.resume == "auto" else None
+        self.models = MegatronModels(
+            config, self.groups, self.device, vocab_size, initial_weights=checkpoint is None
+        )
+        if self.groups.rank == 0:
+            print(f"attention: {choose_attention(config.model, self.device, self.models.dtype).line}")
         self.source_weights = make_source_weights(config, dataset.source_names)
         self.bilevel = Bilevel(config, self.source_weights)
         self.step = 0
         self.active_layers: dict[Role, list[int]] = {}
-        if config.run.resume == "auto" and (checkpoint := newest_checkpoint(config)) is not None:
+        if checkpoint is not None:
             self._resume(checkpoint)
 
     def run(self, stop: "_StopSignal") -> int:
@@ -65,6 +72,9 @@ class Trainer:
                     self.save()
                 if stopped_by and not last:
                     return 128 + stopped_by
+        folder = Path(config.run.output_dir) / "hf"
+        if config.run.export and not folder.exists():
+            export_model(self.models, folder)
         return 0
 
     def _step_and_record(self, metrics: MetricsWriter) -> None:

@@ -1,6 +1,7 @@
 """The two models on Megatron-Core, behind the protocol that a bilevel step needs (`bilevel.Models`)."""
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -10,7 +11,11 @@ from torch import Tensor
 from megatron_scalebio.active_layers import Role
 from megatron_scalebio.bilevel import NonFinite, Pass
 from megatron_scalebio.config import Config
+from megatron_scalebio.data.batch import MicroBatch
 from megatron_scalebio.device import read_back
+from megatron_scalebio.hf import Checkpoint
+from megatron_scalebio.hf.mapping import read_shard
+from megatron_scalebio.losses import TokenCoefs
 from megatron_scalebio.mcore.active_set import ActiveSet, data_parallel_shard, gather_weights
 from megatron_scalebio.mcore.dual_model import DualModel, run_flush
 from megatron_scalebio.mcore.model import build_model
@@ -26,22 +31,44 @@ class MegatronModels:
 
     Args:
         vocab_size: the model's vocabulary, before padding.
+        initial_weights: load them: from `model.hf_path`, or random ones. Without, a checkpoint must be loaded.
     """
 
-    def __init__(self, config: Config, groups: ProcessGroups, device: torch.device, vocab_size: int):
+    def __init__(
+        self,
+        config: Config,
+        groups: ProcessGroups,
+        device: torch.device,
+        vocab_size: int,
+        initial_weights: bool = True,
+    ):
         self.config, self.groups, self.device = config, groups, device
+        self.shape = replace(config.model.shape, vocab_size=vocab_size)
         roles = list(Role) if config.bilevel.mode == "bilevel" else [Role.UPPER]
-        models = {role: build_model(config, groups, device, vocab_size) for role in roles}
-        blocks = {}
-        for role, model in models.items():
-            parameters = named_parameters(model, groups)
-            dtype = model.config.params_dtype
-            load_weights(parameters, random_weights(config.model.shape, config.run.seed, dtype), groups)
-            blocks[role] = make_blocks(parameters, groups.data.size())
+        models, blocks = {}, {}
+        for role in roles:  # one after the other: the second needs no memory of its own once it shares the first's
+            models[role] = build_model(config, groups, device, vocab_size)
+            parameters = named_parameters(models[role], groups)
+            blocks[role] = make_blocks(parameters, groups.data.size(), like=blocks.get(roles[0]))
         self.store = WeightStore(blocks)
+        self.dtype = models[Role.UPPER].config.params_dtype
+        if initial_weights:
+            self._load_initial_weights()
         te = config.model.implementation == "te"
         self.chunk = DualModel(models, groups, vocab_size, device, te)
         self.active_sets = {role: ActiveSet(role, self.store, groups, config) for role in roles}
+
+    def _load_initial_weights(self) -> None:
+        """Both models' at once: they share their storage still."""
+        parameters = [parameter for block in self.store.blocks[Role.UPPER].values() for parameter in block.parameters]
+        model, groups = self.config.model, self.groups
+        if model.hf_path is None:
+            load_weights(parameters, random_weights(model.shape, self.config.run.seed, self.dtype), groups)
+            return
+        checkpoint = Checkpoint(model.hf_path)
+        for parameter in parameters:
+            place = groups.tensor_rank, groups.tensor.size()
+            parameter.tensor.data.copy_(read_shard(checkpoint, model.family, self.shape, parameter.name, *place))
 
     def redraw(self, active_layers: dict[Role, list[int]]) -> None:
         """Make the given decoder layers active, and what always trains; freeze the rest."""
@@ -66,6 +93,17 @@ class MegatronModels:
         with torch.no_grad():
             (loss,) = self._add_over_ranks([part], self._run([part], forward_only=True), fingerprint=0)
         return loss.item()
+
+    def token_losses(self, micro_batch: MicroBatch) -> Tensor:
+        """The upper model's raw loss of every loss token, [N] fp64 on the host, equal on every rank; data-parallel
+        ranks must be given the same micro-batch."""
+        num_tokens = len(micro_batch.targets)
+        ones = torch.ones(num_tokens, dtype=torch.float64)
+        each = replace(micro_batch, source_ids=torch.arange(num_tokens))
+        part = Pass(Role.UPPER, "test", [each], [TokenCoefs(ones, ones)], num_tokens)
+        with torch.no_grad():
+            (sums,) = self._add_over_ranks([part], self._run([part], forward_only=True), fingerprint=0)
+        return sums / self.groups.data.size()
 
     def step(self, role: Role, lr: float, max_norm: float | None) -> Tensor:
         """See `bilevel.Models`."""

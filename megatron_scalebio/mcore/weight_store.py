@@ -5,8 +5,9 @@ the same in both models and is stored once ("shared until thawed"): the first th
 copy of its own. Below fp32 a frozen block's exact master survives on the host, this rank's data-parallel shard of it:
 rounding it back would swallow updates smaller than the rounding.
 
-A flat tensor is padded to a multiple of the data-parallel size. Within it matrices come first, which are decayed, then
-vectors that are sharded over tensor parallelism, then replicated ones: the counting in global norms is by region.
+A flat tensor is padded, so that data-parallel ranks have shards of one size. Within it matrices come first, which are
+decayed, then vectors that are sharded over tensor parallelism, then replicated ones: the counting in global norms is by
+region.
 """
 
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_scalebio.active_layers import Role
+from megatron_scalebio.estimates import padded_block
 from megatron_scalebio.mcore.parameters import NamedParameter
 
 
@@ -54,12 +56,25 @@ class Block:
         ]
 
 
-def make_blocks(parameters: list[NamedParameter], data_parallel_size: int) -> dict[str, Block]:
-    """Cut a model's parameters into blocks and move each block's weights into one flat tensor."""
+def make_blocks(
+    parameters: list[NamedParameter], data_parallel_size: int, like: dict[str, Block] | None = None
+) -> dict[str, Block]:
+    """Cut a model's parameters into blocks, each stored in one flat tensor: zeros until weights are loaded.
+
+    Args:
+        like: the blocks of the other model, whose storage these share.
+    """
     members: dict[str, list[NamedParameter]] = {}
     for parameter in parameters:
         members.setdefault(parameter.block, []).append(parameter)
-    return {name: _make_block(name, group, data_parallel_size) for name, group in members.items()}
+    blocks = {name: _make_block(name, group, data_parallel_size) for name, group in members.items()}
+    for name, block in blocks.items():
+        if like is not None:
+            block.hold(like[name].weights)
+        else:
+            first = block.parameters[0].tensor
+            block.hold(torch.zeros(block.numel, dtype=first.dtype, device=first.device))
+    return blocks
 
 
 def _make_block(name: str, parameters: list[NamedParameter], data_parallel_size: int) -> Block:
@@ -81,14 +96,7 @@ def _make_block(name: str, parameters: list[NamedParameter], data_parallel_size:
         regions.append(Region(start, stop, *counting(parameter)))
         offset = stop
     num_decayed = sum(parameter.tensor.numel() for parameter in ordered if not is_vector(parameter))
-    numel = -(-offset // data_parallel_size) * data_parallel_size
-    block = Block(name, ordered, offsets, regions, num_decayed, numel)
-    first = ordered[0].tensor
-    flat = torch.zeros(numel, dtype=first.dtype, device=first.device)
-    for parameter, view in zip(ordered, block.views(flat), strict=True):
-        view.copy_(parameter.tensor.data)
-    block.hold(flat)
-    return block
+    return Block(name, ordered, offsets, regions, num_decayed, padded_block(offset, data_parallel_size))
 
 
 class WeightStore:
@@ -97,9 +105,6 @@ class WeightStore:
     def __init__(self, blocks: dict[Role, dict[str, Block]]):
         self.blocks = blocks
         self.masters: dict[tuple[Role, str], Tensor] = {}  # host memory
-        if Role.LOWER in blocks:
-            for name, upper in blocks[Role.UPPER].items():
-                upper.hold(blocks[Role.LOWER][name].weights)
 
     def is_shared(self, name: str) -> bool:
         """Whether both models still hold one copy of a block."""
