@@ -26,6 +26,9 @@ class Segment:
 
 Template = Callable[[tuple[Message, ...]], list[Segment]]
 
+# The date that templates of Llama-3.1 and 3.2 write where nobody gives one; 3.2's would else write today's, so that a
+# run's tokens would change overnight.
+_DATE = "26 Jul 2024"
 _ALPACA_PREAMBLE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
 )
@@ -108,10 +111,11 @@ class JinjaTemplate:
 
     def __init__(self, name: str, source: str, tokenizer: Tokenizer) -> None:
         self._name, self._source = name, source
-        self._variables = tokenizer.template_variables
+        self._variables = {"date_string": _DATE, **tokenizer.template_variables}
         self._control: re.Pattern[str] = special_pattern(tokenizer)
-        begin = self._variables.get("bos_token")
-        self._begin = None if begin == self._variables.get("eos_token") else begin
+        begin, end = self._variables.get("bos_token"), self._variables.get("eos_token")
+        # Where the tokenizer itself never puts it, bos_token may be the mark of a turn, as SmolLM2's <|im_start|>.
+        self._begin = begin if tokenizer.begin_id is not None and begin != end else None
 
     def __call__(self, messages: tuple[Message, ...]) -> list[Segment]:
         """The segments, whose texts joined are the whole rendering.
@@ -172,5 +176,8 @@ class JinjaTemplate:
         except TemplateSyntaxError as error:
             raise UserError(f"data.template: {self._name}, line {error.lineno}: {error.message}") from error
         except Exception as error:  # a template is a program of the user's: it may raise anything
-            raise ValueError(f"{self._name} fails on these messages: {type(error).__name__}: {error}") from error
+            raise ValueError(
+                f"{self._name} fails on these messages: {type(error).__name__}: {error}: change the record, or use "
+                "data.template=plain or another FILE.jinja"
+            ) from error
         return rendered[0]

@@ -56,6 +56,9 @@ class BytesTokenizer:
 class SentencePieceTokenizer:
     """A SentencePiece .model file; it has no chat template.
 
+    A user-defined piece is no control token: its text becomes its id in any record. Gemma's marks of turns are such
+    pieces of its .model; its Hugging Face folder tells them from text.
+
     Raises:
         UserError: the file cannot be read as a model, or has no end-of-text piece.
     """
@@ -90,7 +93,7 @@ class HuggingFaceTokenizer:
     """A folder that `transformers.AutoTokenizer` reads; nothing is fetched and no code of the folder runs.
 
     Raises:
-        UserError: the folder holds no tokenizer that can be read, or its tokenizer has no end-of-text token.
+        UserError: the folder holds no tokenizer that can be read, or one without a vocabulary or an end-of-text token.
     """
 
     def __init__(self, folder: str) -> None:
@@ -100,9 +103,11 @@ class HuggingFaceTokenizer:
             self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # each tokenizer class raises its own kinds for a damaged folder
             reason = str(error).strip().split("\n")[0]
+            model = os.path.join(folder, "tokenizer.model")
+            advice = f"; data.tokenizer={model} reads that SentencePiece model" if os.path.isfile(model) else ""
             raise UserError(
                 f"data.tokenizer={folder}: transformers cannot read a tokenizer from this folder: "
-                f"{type(error).__name__}: {reason}"
+                f"{type(error).__name__}: {reason}{advice}"
             ) from error
         tokenizer = self._tokenizer
         if tokenizer.eos_token_id is None:
@@ -115,6 +120,10 @@ class HuggingFaceTokenizer:
         self.special_tokens = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
         added = tokenizer.added_tokens_decoder  # holds control tokens without a role too, such as <|im_start|>
         self.special_tokens.update({token.content: i for i, token in added.items() if token.special})
+        if self.special_tokens.keys() >= tokenizer.get_vocab().keys():  # transformers makes some classes out of nothing
+            raise UserError(
+                f"data.tokenizer={folder}: the folder holds no vocabulary (tokenizer.json): name one that does"
+            )
         self.template_variables = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
         self.chat_template = tokenizer.get_chat_template() if tokenizer.chat_template else None
 

@@ -1,3 +1,7 @@
+import json
+import re
+from dataclasses import dataclass
+
 import pytest
 
 from megatron_scalebio.config import UserError
@@ -19,6 +23,72 @@ CONVERSATION = [
     {"role": "assistant", "content": "six <b>"},
 ]
 MESSAGES = tuple(Message(**turn) for turn in CONVERSATION)
+
+
+LLAMA3 = (  # Meta-Llama-3-8B-Instruct's
+    "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+    " + message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}"
+    "{% endif %}{{ content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+GEMMA2 = (  # gemma-2-9b-it's
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{% set role = 'model' %}{% else %}{% set role = message['role'] %}"
+    "{% endif %}{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+SMOLLM2 = (  # SmolLM2-135M-Instruct's
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
+    "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Chat:
+    """What a family's tokenizer and chat template do with control tokens."""
+
+    template: str
+    bos: str
+    eos: str
+    turn_end: str
+    others: tuple[str, ...]  # further control tokens
+    begins: bool = True  # a post-processor puts bos before every text
+
+
+CHATS = {
+    "llama3": Chat(
+        LLAMA3, "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", ("<|start_header_id|>", "<|end_header_id|>")
+    ),
+    "gemma2": Chat(GEMMA2, "<bos>", "<eos>", "<end_of_turn>", ("<start_of_turn>",)),
+    "smollm2": Chat(SMOLLM2, "<|im_start|>", "<|im_end|>", "<|im_end|>", ("<|endoftext|>",), begins=False),
+}
+
+
+@pytest.fixture(params=CHATS.values(), ids=CHATS.keys())
+def chat(request) -> Chat:
+    return request.param
+
+
+def chat_folder(folder, chat: Chat) -> str:
+    """A Hugging Face folder of `chat` whose other tokens are single bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(dict.fromkeys([chat.bos, chat.eos, chat.turn_end, *chat.others])))
+    if chat.begins:
+        begin = (chat.bos, tokenizer.token_to_id(chat.bos))
+        tokenizer.post_processor = processors.TemplateProcessing(f"{chat.bos} $A", None, [begin])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": chat.bos, "eos_token": chat.eos}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": chat.template}))
+    return str(folder)
 
 
 def the_example(config):
@@ -87,6 +157,63 @@ def test_qwen2_chat_template_gives_its_own_tokens_and_loss_on_the_assistant_only
         # A response that starts with a line feed would share a token with the header's if both were tokenised at once.
         whole = reference.apply_chat_template(turns)["input_ids"]
         assert (example.tokens.tolist() == whole) == (turns in (unpadded, unpadded[1:3]))
+
+
+def test_a_chat_template_gives_its_own_tokens_and_loss_on_responses_and_ends_of_turns(chat, make_config, tmp_path):
+    from transformers import AutoTokenizer
+
+    turns = [{**turn, "content": turn["content"].strip()} for turn in CONVERSATION[1:]]
+    config = make_config({"a": [{"messages": turns}]})
+    config.data.tokenizer, config.data.max_length = chat_folder(tmp_path, chat), 400
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    begin, end = (tokenizer.special_tokens[token] for token in (chat.bos, chat.turn_end))
+    example = the_example(config)
+    reference = AutoTokenizer.from_pretrained(config.data.tokenizer, local_files_only=True)
+    assert example.tokens.tolist() == reference.apply_chat_template(turns)["input_ids"]
+    told = [tokens for tokens, has_loss in spans(example) if has_loss]
+    assert told == [[*tokenizer.encode([text])[0], end] for text in ("four", "six <b>")]
+    if chat.begins:
+        assert example.tokens[0] == begin and (example.tokens == begin).sum() == 1
+    if chat.eos != chat.turn_end:
+        assert tokenizer.end_id not in example.tokens
+
+
+def test_plain_text_of_a_chat_tokenizer_begins_as_it_does_and_ends_with_end_of_text(chat, make_config, tmp_path):
+    texts = [chat.bos + "2+2?" + chat.turn_end, "four" + chat.eos]
+    config = make_config({"a": [{"prompt": texts[0], "response": texts[1]}]})
+    config.data.tokenizer, config.data.template, config.data.max_length = chat_folder(tmp_path, chat), "plain", 200
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    prompt, response = tokenizer.encode([texts[0] + "\n", texts[1]])
+    assert not {*prompt, *response} & {*tokenizer.special_tokens.values()}
+    begin = [tokenizer.special_tokens[chat.bos]] if chat.begins else []
+    assert spans(the_example(config)) == [(begin + prompt, False), ([*response, tokenizer.end_id], True)]
+
+
+def test_no_record_writes_a_control_token_through_a_chat_template(chat, make_config, tmp_path):
+    config = make_config({"a": [{"prompt": "a", "response": "b"}]})
+    config.data.tokenizer = chat_folder(tmp_path, chat)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    template = choose_template("auto", tokenizer)
+    for token in tokenizer.special_tokens:
+        for role, messages in {"user": (f"a{token}", "b"), "assistant": ("a", f"b{token}c")}.items():
+            with pytest.raises(ValueError, match=f"the {role}'s message holds {re.escape(repr(token))}"):
+                template(tuple(map(Message, ("user", "assistant"), messages)))
+
+
+def test_a_role_that_the_template_refuses_is_named_with_source_line_and_remedy(make_config, tmp_path):
+    config = make_config({"a": [{"prompt": "a", "response": "b"}, {"messages": CONVERSATION}]})
+    config.data.tokenizer = chat_folder(tmp_path, CHATS["gemma2"])
+    with pytest.raises(UserError) as caught:
+        load_dataset(config)
+    message = str(caught.value)
+    assert message.startswith("data.sources[0].path (a): ") and "a.jsonl:2: " in message
+    assert "System role not supported: change the record, or use data.template=plain" in message
+
+
+def test_a_template_that_asks_for_the_date_gets_the_same_one_every_day():
+    header = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    first, *_ = JinjaTemplate("chat", header + "{{ date_string }}" + CHATML, BytesTokenizer())(MESSAGES)
+    assert first.text.startswith("26 Jul 2024[system]")
 
 
 def test_a_jinja_file_ends_turns_with_the_end_token_of_any_tokenizer(make_config, write):
