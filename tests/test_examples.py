@@ -112,6 +112,30 @@ def test_settings_of_an_example_keep_the_rules(example, monkeypatch):
     check_config(load_config(str(REPOSITORY / "examples" / f"{example}.yaml"), []), world_size=2, vocab_size=None)
 
 
+@pytest.mark.parametrize(
+    "name, layout, parameters",
+    [
+        ("llama3_8b", "tensor 2 x pipeline 1 x data 4", 8_030_261_248),
+        ("gemma2_9b", "tensor 2 x pipeline 1 x data 4", 9_241_705_984),
+        ("qwen2_7b", "tensor 2 x pipeline 1 x data 4", 7_615_616_512),
+        ("qwen25_32b", "tensor 2 x pipeline 4 x data 1", 32_763_876_352),
+    ],
+)
+def test_a_large_model_is_planned_without_gpu_and_weights(tmp_path, name, layout, parameters):
+    """The numbers of parameters are those that the models' makers state."""
+    result = run_example(f"{name}_8xh100", tmp_path, "--dry-run", MODEL="", DATA_DIR="")
+    assert result.returncode == 0, result.stderr
+    assert layout in result.stdout and f"parameters: {parameters:,} each" in result.stdout
+
+
+@pytest.mark.parametrize("name", ["llama3_8b_8xh100", "smollm2_135m"])
+@pytest.mark.parametrize("missing", ["MODEL", "DATA_DIR"])
+def test_an_example_says_which_folder_it_misses(tmp_path, name, missing):
+    result = run_example(name, tmp_path, **({"MODEL": str(tmp_path), "DATA_DIR": str(tmp_path), missing: "absent"}))
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith(f"error: {missing}=absent is not a folder") and result.stderr.count("\n") == 1
+
+
 def run_example(name: str, folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"NO_INSTALL": "1", "PYTHON": sys.executable} | environment
     command = ["bash", str(REPOSITORY / "examples" / f"{name}.sh"), *arguments]

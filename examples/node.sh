@@ -1,0 +1,22 @@
+# To be sourced: node.sh NAME RANKS [ARGUMENT ...] trains examples/NAME_8xh100.yaml on the GPUs of this node.
+# With --dry-run, and neither MODEL nor DATA_DIR set, the model is examples/models/NAME, where only config.json is, the
+# tokenizer bytes and the data the quickstart's: what then is planned is the model and its layout.
+set -euo pipefail
+name="$1" ranks="$2"
+shift 2
+source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
+settings=()
+if [ -z "${MODEL:-}${DATA_DIR:-}" ] && [[ " $* " == *" --dry-run "* ]]; then
+    export MODEL="$ROOT/examples/models/$name" DATA_DIR="$ROOT/runs/arithmetic"
+    "$PYTHON" "$ROOT/examples/arithmetic.py" "$DATA_DIR" --seed 1
+    settings+=(data.tokenizer=bytes "data.sources=[{name: clean, path: $DATA_DIR/train/clean.jsonl}]")
+fi
+for variable in MODEL DATA_DIR; do
+    if [ ! -d "${!variable:-}" ]; then
+        echo "error: $variable=${!variable:-} is not a folder; $0 says what it must hold" >&2
+        exit 2
+    fi
+    export "$variable=$(cd "${!variable}" && pwd)"
+done
+"$PYTHON" -m megatron_scalebio launch --nproc "$ranks" train --config "$ROOT/examples/${name}_8xh100.yaml" \
+    run.output_dir="$ROOT/runs/$name-$(date +%Y%m%d-%H%M%S)" "${settings[@]}" "$@"

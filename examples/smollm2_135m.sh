@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# A real pretrained model on one device, the CPU included. Arguments are settings, or --dry-run.
+# MODEL: the folder that `python tools/get_smollm2.py MODEL` makes; DATA_DIR: a folder with val.jsonl and train/*.jsonl,
+# one file per source, called after it.
+set -euo pipefail
+for name in MODEL DATA_DIR; do
+    if [ ! -d "${!name:-}" ]; then
+        echo "error: $name=${!name:-} is not a folder; $0 says what it must hold" >&2
+        exit 2
+    fi
+    export "$name=$(cd "${!name}" && pwd)"
+done
+source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
+sources=""
+for file in "$DATA_DIR"/train/*.jsonl; do
+    sources+="{name: $(basename "$file" .jsonl), path: '$file'}, "
+done
+"$PYTHON" -m megatron_scalebio launch --nproc 1 train --config "$ROOT/examples/smollm2_135m.yaml" \
+    "data.sources=[$sources]" run.output_dir="$ROOT/runs/smollm2-$(date +%Y%m%d-%H%M%S)" "$@"
