@@ -4,6 +4,7 @@ Shapes: N tokens, H hidden, V vocabulary before padding, V_local a rank's padded
 """
 
 from itertools import product
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -13,6 +14,7 @@ from megatron_scalebio.kernels import head_loss as module
 from megatron_scalebio.kernels.dispatch import on_triton
 from megatron_scalebio.kernels.head_loss import head_loss
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import cross_entropy
 
 from tests.distributed import run_distributed
@@ -51,6 +53,27 @@ def test_the_weights_gradient_is_added_to_main_grad_unrounded(interpret):
 @pytest.mark.parametrize("interpret", [False, True], ids=["references", "kernels"])
 def test_the_difference_of_two_nearly_equal_models_is_not_drowned_in_rounding(interpret):
     run_distributed(2, check_difference, interpret=interpret)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_products_that_a_gpu_takes_are_torchs_with_these_dtypes_and_places(dtype):
+    """On CUDA tensors without memory, whose operators check what they are given: three chunks, a last one cut."""
+    tokens, device = 9000, "cuda"
+    kept = []
+    context = SimpleNamespace(save_for_backward=lambda *tensors: kept.extend(tensors))
+    context.mark_non_differentiable = lambda tensor: None
+    no_loss = mock.patch.object(module, "cross_entropy", lambda logits, *_, **__: logits.new_empty(len(logits)))
+    with FakeTensorMode(), no_loss, torch.no_grad():
+        hidden, weight = (torch.empty(rows, 64, dtype=dtype, device=device) for rows in (tokens, 512))
+        targets, coefs = torch.empty(tokens, dtype=torch.int64, device=device), torch.empty(tokens, device=device)
+        wanted = (True, True)
+        loss, losses = module._HeadLoss.forward(
+            context, hidden, weight, targets, coefs, 512, dist.group.WORLD, None, None, wanted
+        )
+    assert loss.device.type == losses.device.type == device and losses.dtype == torch.float32
+    assert [(gradient.dtype, tuple(gradient.shape)) for gradient in kept] == [
+        *((dtype, (tokens, 64)), (torch.float32, (512, 64))),
+    ]
 
 
 def inputs(size: tuple[int, int, int, int, float], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
