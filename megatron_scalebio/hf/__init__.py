@@ -11,12 +11,13 @@ from megatron_scalebio.config import Config, ShapeConfig, UserError
 from megatron_scalebio.families import FAMILIES
 from megatron_scalebio.hf import gemma2, llama3, qwen2
 from megatron_scalebio.hf.checkpoint import Checkpoint, read_config
-from megatron_scalebio.hf.export import ShardWriter, begin_export, finish_export
+from megatron_scalebio.hf.export import Shard, ShardWriter, begin_export, finish_export
 from megatron_scalebio.hf.fields import harmless_names
 from megatron_scalebio.hf.mapping import check_names
 
 __all__ = [
     "Checkpoint",
+    "Shard",
     "ShardWriter",
     "adopt_checkpoint",
     "begin_export",

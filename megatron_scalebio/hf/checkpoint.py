@@ -82,11 +82,6 @@ class Checkpoint:
             )
         return flat.view(place.shape)
 
-    def read(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
-        """A fresh copy of a slice of the tensor; nothing else of it takes memory. `columns` is for matrices alone."""
-        tensor = self.view(name)
-        return (tensor[rows, columns] if tensor.ndim > 1 else tensor[rows]).clone()
-
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The folder's config.json.
@@ -94,7 +89,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises: UserError if there is no such folder or file, or it is not a JSON object.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; expected a Hugging Face checkpoint")
+        raise UserError(
+            f"{folder}: no such folder; expected a Hugging Face checkpoint (nothing is fetched: no names of the Hub)"
+        )
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder}: has no config.json; expected a Hugging Face checkpoint")

@@ -30,6 +30,7 @@ def shape_from(config: dict[str, Any]) -> ShapeConfig:
     fields.must_be("hidden_act", ACTIVATION)  # transformers reads hidden_activation alone; both say the same
     fields.must_be("hidden_activation", ACTIVATION)
     fields.must_be("attention_bias", False)
+    fields.must_be("tie_word_embeddings", True)
     shape = fields.shape(tied_by_default=True, head_size=256)
     shape = replace(
         shape,

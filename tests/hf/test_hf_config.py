@@ -160,7 +160,6 @@ def without(content: dict, *names: str) -> dict:
         ),
         (GEMMA2 | {"layer_types": ["sliding_attention", "full_attention"] * 13}, GEMMA2_2B),
         (GEMMA2 | {"layer_types": ["full_attention"] * 26}, replace(GEMMA2_2B, sliding_window=None)),
-        (GEMMA2 | {"tie_word_embeddings": False}, replace(GEMMA2_2B, tied_embeddings=False)),
     ],
 )
 def test_null_absent_and_either_spelling(tmp_path, content, expected):
@@ -186,6 +185,8 @@ REFUSED = [
     ("llama3", {"num_attention_heads": True}, "num_attention_heads=true: must be a positive integer"),
     ("llama3", {"hidden_size": 4097}, "hidden_size=4097: must be a multiple of num_attention_heads=32"),
     ("llama3", {"rms_norm_eps": 0}, "rms_norm_eps=0: must be a positive number"),
+    ("gemma2", {"tie_word_embeddings": False}, "tie_word_embeddings=false: not supported, only true"),
+    ("qwen2", {"rope_scaling": LLAMA31_ROPE}, "rope_scaling of Llama-3.1: not supported for qwen2"),
     ("llama3", {"tie_word_embeddings": 1}, "tie_word_embeddings=1: must be true or false"),
     ("llama3", {"rope_theta": "1e6"}, 'rope_theta="1e6": must be a positive number'),
     ("llama3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, 'rope_scaling={"type": "linear"'),

@@ -134,7 +134,7 @@ def test_a_writer_takes_a_copy(tmp_path):
     writer.add("x", tensor.T[1:])
     tensor.zero_()
     finish_export(tmp_path / "hf.partial-1", tmp_path / "hf", writer.close(), {})
-    assert torch.equal(Checkpoint(tmp_path / "hf").read("x"), torch.ones(3, 4))
+    assert torch.equal(Checkpoint(tmp_path / "hf").view("x"), torch.ones(3, 4))
 
 
 def test_nothing_that_exists_is_overwritten_or_deleted(saved, tmp_path):
@@ -215,4 +215,4 @@ def test_a_converted_export_rounds_once(saved, tmp_path):
     checkpoint = Checkpoint(tmp_path / "hf")
     check_names(checkpoint, *read_shape(tmp_path / "hf"))
     for name in checkpoint.tensors:
-        assert torch.equal(checkpoint.read(name), tensors[name].to(torch.bfloat16)), name
+        assert torch.equal(checkpoint.view(name), tensors[name].to(torch.bfloat16)), name

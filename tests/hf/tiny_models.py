@@ -33,9 +33,6 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "gemma2": lambda: Gemma2Config(
         **TINY, num_key_value_heads=4, head_dim=16, query_pre_attn_scalar=20, sliding_window=5, pad_token_id=None
     ),
-    "gemma2-untied": lambda: Gemma2Config(
-        **{**TINY, "vocab_size": 385}, num_key_value_heads=4, head_dim=6, tie_word_embeddings=False, sliding_window=7
-    ),
 }
 
 
