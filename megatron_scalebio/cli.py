@@ -75,7 +75,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return argparse.Namespace(**{**vars(nested), "command": "launch", "nproc": args.nproc})
 
 
-def _prepare(args: argparse.Namespace, world_size: int) -> "tuple[Config, Dataset]":
+def prepare(args: argparse.Namespace, world_size: int) -> "tuple[Config, Dataset]":
     """Loads and checks everything that can be checked without the model: settings, data, output folder."""
     from megatron_scalebio.config import UserError, given_settings, load_config
     from megatron_scalebio.config_rules import check_config
@@ -111,7 +111,7 @@ def _train(args: argparse.Namespace) -> int:
     _die_with_launcher()
     _adopt_slurm_environment()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    config, dataset = _prepare(args, world_size)
+    config, dataset = prepare(args, world_size)
     if args.dry_run:
         if _is_main_rank():
             _print_plan(config, dataset, world_size)
@@ -132,7 +132,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _launch(args: argparse.Namespace) -> int:
-    config, dataset = _prepare(args, args.nproc)
+    config, dataset = prepare(args, args.nproc)
     if args.dry_run:
         _print_plan(config, dataset, args.nproc)
         return 0

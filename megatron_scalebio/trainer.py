@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron_scalebio.active_layers import Role, draw_active_layers, period_of
 from megatron_scalebio.bilevel import Bilevel, NonFinite, StepResult, evaluation_pass
 from megatron_scalebio.checkpoint import load_models, newest_checkpoint, read_state, save_checkpoint
-from megatron_scalebio.config import Config
+from megatron_scalebio.config import Config, UserError
 from megatron_scalebio.data import Dataset, Sampler, StepBatch
 from megatron_scalebio.device import choose_device, read_back
 from megatron_scalebio.mcore.attention import choose_attention
@@ -52,6 +52,9 @@ class Trainer:
         self.active_layers: dict[Role, list[int]] = {}
         if checkpoint is not None:
             self._resume(checkpoint)
+        if config.run.resume == "auto" and self.groups.rank == 0:
+            folder = Path(config.run.output_dir) / "checkpoints"
+            print(f"resumed after step {self.step}" if checkpoint else f"no checkpoint in {folder}: starts anew")
 
     def run(self, stop: "_StopSignal") -> int:
         """The loop. Returns the exit status."""
@@ -72,10 +75,7 @@ class Trainer:
                     self.save()
                 if stopped_by and not last:
                     return 128 + stopped_by
-        folder = Path(config.run.output_dir) / "hf"
-        if config.run.export and not folder.exists():
-            export_model(self.models, folder)
-        return 0
+        return self._export() if config.run.export else 0
 
     def _step_and_record(self, metrics: MetricsWriter) -> None:
         started = time.perf_counter()
@@ -103,6 +103,22 @@ class Trainer:
         return self.models.evaluate(
             evaluation_pass("test", micro_batches, len(self.dataset.test), num_loss_tokens, unit="token")
         )
+
+    def _export(self) -> int:
+        """Write the upper model to output_dir/hf. Returns the exit status: the run has its result whatever happens."""
+        folder = Path(self.config.run.output_dir) / "hf"
+        there = [folder.exists()]
+        dist.broadcast_object_list(there)
+        try:
+            if not there[0]:
+                export_model(self.models, folder, self.dataset.tokenizer.end_id)
+            elif self.groups.rank == 0:
+                print(f"{folder} is there already, and is kept as it is")
+        except UserError as error:
+            if self.groups.rank == 0:
+                print(f"error: {error}; run.resume=auto tries again", file=sys.stderr, flush=True)
+            return 1
+        return 0
 
     def save(self) -> None:
         """Write a checkpoint of the state after the last step taken."""

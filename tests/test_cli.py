@@ -151,7 +151,7 @@ def test_launch_checks_everything_before_it_starts_a_rank(start, tmp_path):
 def test_train_alone_is_a_world_of_one(monkeypatch):
     seen = []
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr(cli, "_prepare", lambda args, world_size: seen.append((args.overrides, world_size)) or (1, 2))
+    monkeypatch.setattr(cli, "prepare", lambda args, world_size: seen.append((args.overrides, world_size)) or (1, 2))
     monkeypatch.setattr(cli, "_print_plan", lambda *arguments: seen.append(arguments))
     assert cli.main(["train", "--config", "x.yaml", "a=1", "--dry-run", "b=2"]) == 0
     assert seen == [(["a=1", "b=2"], 1), (1, 2, 1)]

@@ -1,5 +1,6 @@
 """tools/convert_checkpoint.py: a run's checkpoint as a Hugging Face folder, and the way in."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from megatron_scalebio.active_layers import Role
 from megatron_scalebio.config import load_config, write_config
@@ -58,13 +61,46 @@ def test_what_cannot_be_converted_is_told_in_one_message(tmp_path):
 
 
 def test_a_run_begins_at_an_imported_checkpoint_as_at_the_folder(tmp_path):
-    source = tmp_path / "source"
-    random_model(CONFIGS["llama3"](), torch.float32).save_pretrained(source)
-    run_distributed(2, train, source, tmp_path / "from_folder", tmp_path / "first")
-    run_distributed(2, import_and_train, source, tmp_path / "imported", tmp_path / "second")
-    first, second = tensors(tmp_path / "first"), tensors(tmp_path / "second")
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
+    source, runs = model_with_tokenizer(tmp_path / "source"), {name: tmp_path / name for name in ("direct", "imported")}
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"model: {{hf_path: {source}}}\n"
+        f"data: {{sources: [{{name: a, path: {tmp_path}/a.jsonl}}, {{name: b, path: {tmp_path}/b.jsonl}}],"
+        f" validation: {tmp_path}/a.jsonl, template: plain, max_length: 16}}\n"
+        "bilevel: {steps: 3, global_batch_size: 4}\nlisa: {num_active_layers: 1, period: 1}\n"
+        "optimizer: {lr: 1.0e-3}\nprecision: {compute: fp32}\n"
+    )
+    for name in ("a", "b"):
+        lines = [json.dumps({"prompt": f"{name} {i}", "response": f"{i} {name}"}) for i in range(9)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+
+    def told(*command: str) -> str:
+        result = subprocess.run([sys.executable, *command], cwd=REPOSITORY, capture_output=True, text=True)
+        assert "Traceback" not in result.stderr and result.returncode in (0, 2), result.stderr
+        return result.stdout if result.returncode == 0 else result.stderr
+
+    train = ("-m", "megatron_scalebio", "train", "--config", str(config))
+    tool = "tools/convert_checkpoint.py"
+    told(*train, f"run.output_dir={runs['direct']}")
+    into = (tool, "import", "--config", str(config), f"run.output_dir={runs['imported']}")
+    assert f"{runs['imported']}/checkpoints/step_0" in told(*into)
+    assert "holds another run" in told(*into) or "error: run.output_dir=" in told(*into)
+    assert "resumed after step 0" in told(*train, f"run.output_dir={runs['imported']}", "run.resume=auto")
+    direct, imported = (tensors(run / "hf") for run in runs.values())
+    for name, tensor in direct.items():
+        assert torch.equal(tensor, imported[name]), name
+    told(tool, "export", str(runs["imported"] / "checkpoints" / "step_0"), str(tmp_path / "back"))
+    before, back = tensors(source), tensors(tmp_path / "back")
+    assert all(torch.equal(before[name], back[name]) for name in before)
+
+
+def model_with_tokenizer(folder: Path) -> Path:
+    random_model(CONFIGS["llama3"](), torch.float32).save_pretrained(folder)
+    letters = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(letters, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
+    return folder
 
 
 def trainer_for(source: Path, run: Path, *overrides: str) -> Trainer:
@@ -85,27 +121,18 @@ def finish(trainer: Trainer, target: Path) -> None:
     trainer.save()
     if trainer.groups.rank == 0:
         write_config(trainer.config, Path(trainer.config.run.output_dir) / "config.yaml")
-    export_model(trainer.models, target)
-
-
-def import_and_train(source: Path, run: Path, target: Path) -> None:
-    """On every rank: the checkpoint of step 0 alone, then a run that goes on from it without looking at the folder."""
-    trainer_for(source, run).save()
-    with mock.patch("megatron_scalebio.mcore.host.Checkpoint", side_effect=AssertionError("the folder was read")):
-        trainer = trainer_for(source, run, "run.resume=auto")
-    assert trainer.step == 0
-    finish(trainer, target)
+    export_model(trainer.models, target, end_id=256)
 
 
 def convert(checkpoint: Path, folder: Path, spoiled: bool = False) -> int:
     """On every rank: the tool's export; spoiled: of a layer whose weights have moved by one."""
     arguments = Namespace(checkpoint=checkpoint, folder=folder, dtype=None, verify=True)
 
-    def spoil(models, target):
+    def spoil(models, target, end_id):
         block = models.store.blocks[Role.UPPER]["layers.1"]
         kept = block.weights.clone()
         block.weights.copy_(kept.roll(1))
-        export_model(models, target)
+        export_model(models, target, end_id)
         block.weights.copy_(kept)
 
     with mock.patch.dict(os.environ, WORLD_SIZE="2"):

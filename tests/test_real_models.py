@@ -1,19 +1,22 @@
 """A Hugging Face checkpoint through the trainer and out again, under every layout, judged by transformers."""
 
+import contextlib
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from megatron_scalebio.active_layers import Role
-from megatron_scalebio.config import load_config
+from megatron_scalebio.config import UserError, load_config
 from megatron_scalebio.data import Dataset, Example
 from megatron_scalebio.data.tokenizers import BytesTokenizer
 from megatron_scalebio.hf import adopt_checkpoint
@@ -103,6 +106,28 @@ def test_a_source_of_another_dtype_is_converted(saved, tmp_path):
         assert torch.equal(tensor.bfloat16(), after[name]), name
 
 
+@pytest.mark.parametrize("failing", ["begin_export", "finish_export", "ShardWriter"])
+def test_an_export_that_fails_on_one_rank_is_told_on_all(saved, tmp_path, failing):
+    messages = run_distributed(2, fail_to_export, saved("qwen2", torch.float32), tmp_path / "hf", failing)
+    assert len(set(messages)) == 1 and "could not be exported: rank" in messages[0] and "disk full" in messages[0]
+    assert not (tmp_path / "hf").exists()
+
+
+def fail_to_export(source: Path, target: Path, failing: str) -> str:
+    """On every rank: the message of an export during which the last stage's disk, or the first rank's, is full."""
+
+    def full(*_, **__):
+        raise OSError("disk full")
+
+    broken = full if failing != "ShardWriter" else mock.Mock(return_value=mock.Mock(add=full))
+    name = f"megatron_scalebio.mcore.export.{failing}"
+    breaks = dist.get_rank() == (1 if failing == "ShardWriter" else 0)
+    with mock.patch(name, broken) if breaks else contextlib.nullcontext():
+        with pytest.raises(UserError) as error:
+            train(source, target, (PP2,), 0)
+    return str(error.value)
+
+
 def test_loading_takes_one_copy_of_the_weights_and_less_than_a_tensor_beside_it(tmp_path):
     """Both models from one read, in a process of its own; by the kernel's count of memory that is no file's."""
     sizes = dict(vocab_size=40_000, hidden_size=256, intermediate_size=4096, num_hidden_layers=4)
@@ -159,7 +184,7 @@ def train(source: Path, target: Path, overrides: tuple[str, ...], steps: int) ->
         trainer.take_step()
         ever_active |= set(trainer.models.active_sets[Role.UPPER].blocks)
     test_loss = trainer.evaluate()
-    export_model(trainer.models, target)
+    export_model(trainer.models, target, end_id=256)
     return {"test_loss": test_loss, "ever_active": ever_active}
 
 

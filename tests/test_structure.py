@@ -18,7 +18,8 @@ FLOORS = (
     ("bilevel",),
     ("mcore", "metrics", "checkpoint"),
     ("trainer", "report"),
-    ("cli", "tools", "examples"),
+    ("cli",),
+    ("tools", "examples"),
     ("__main__",),
 )
 

@@ -5,8 +5,8 @@
 
 export: the upper model of a run's checkpoint as a Hugging Face folder, on as many ranks as the run had (one: plain
 python will do). --verify compares it with what transformers computes from FOLDER: the log-probability that each gives
-to random tokens. import: the model of model.hf_path as checkpoints/step_0 of run.output_dir, where run.resume=auto
-begins: the folder is then needed no more.
+to random tokens. import: the model of model.hf_path as checkpoints/step_0 of a new run.output_dir, where a run of the
+same settings with run.resume=auto begins as it would from the folder, which must stay where it is.
 """
 
 import argparse
@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-# Mean distance of log-probabilities, by the run's compute dtype; transformers computes in fp32. Rounding explains some
-# 1e-5 and some hundredths; a tensor in the wrong place gives whole numbers.
+# Mean distance of log-probabilities, by the coarser of the run's compute dtype and the export's; transformers computes
+# in fp32. Rounding explains some 1e-5 and some hundredths; a tensor in the wrong place gives whole numbers.
 TOLERANCE = {"fp64": 1e-4, "fp32": 1e-4, "bf16": 0.2}
 
 
@@ -68,20 +68,23 @@ def export_checkpoint(args: argparse.Namespace) -> int:
         raise UserError(f"{args.folder} exists, and is not overwritten: name another folder")
     config = load_config(str(run / "config.yaml"), [])
     config.run.export_dtype = args.dtype or config.run.export_dtype
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    if ranks % (config.parallel.tensor * config.parallel.pipeline):
+    ranks, needed = int(os.environ.get("WORLD_SIZE", 1)), config.parallel.tensor * config.parallel.pipeline
+    if ranks % needed:
         raise UserError(
             f"{args.checkpoint} is of parallel.tensor={config.parallel.tensor} and parallel.pipeline="
-            f"{config.parallel.pipeline}, but {ranks} ranks were started: start as many as the run had"
+            f"{config.parallel.pipeline}, but {ranks} ranks were started: start as many as the run had, with torchrun"
+            f" --nproc_per_node N {Path(__file__).name} export ..., N a multiple of {needed}"
         )
     device = choose_device(config.run.device)
     groups = start_process_groups(config.parallel, device)
     state = read_state(args.checkpoint, config, dataset_fingerprint=None)
-    vocab_size = config.model.shape.vocab_size or load_tokenizer(config.data.tokenizer).vocab_size
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    vocab_size = config.model.shape.vocab_size or tokenizer.vocab_size
     models = MegatronModels(config, groups, device, vocab_size, initial_weights=False)
-    models.redraw({Role(role): layers for role, layers in state["active_layers"].items()})
+    if state["active_layers"]:  # an imported checkpoint is before the first draw
+        models.redraw({Role(role): layers for role, layers in state["active_layers"].items()})
     load_models(args.checkpoint, state, models)
-    export_model(models, args.folder)
+    export_model(models, args.folder, tokenizer.end_id)
     if groups.rank == 0:
         print(f"{args.folder}: the upper model after step {state['step']}")
     return verify(models, args.folder, vocab_size) if args.verify else 0
@@ -105,7 +108,8 @@ def verify(models, folder: Path, vocab_size: int) -> int:
         logits = reference(torch.from_numpy(tokens[:-1]).long().unsqueeze(0)).logits[0].double()
     theirs = torch.nn.functional.cross_entropy(logits, torch.from_numpy(tokens[1:]).long(), reduction="none")
     distances = (ours - theirs).abs()
-    equal = distances.mean().item() <= TOLERANCE[models.config.precision.compute]
+    dtypes = models.config.precision.compute, models.config.run.export_dtype or models.config.precision.compute
+    equal = distances.mean().item() <= max(TOLERANCE[dtype] for dtype in dtypes)
     print(
         f"log-probabilities of {length} random tokens, ours and transformers': {distances.mean():.1e} apart on average,"
         f" {distances.max():.1e} at most: {'equal to rounding' if equal else 'NOT EQUAL'}"
@@ -114,23 +118,21 @@ def verify(models, folder: Path, vocab_size: int) -> int:
 
 
 def import_folder(args: argparse.Namespace) -> int:
-    from megatron_scalebio.config import UserError, given_settings, load_config
-    from megatron_scalebio.config_rules import check_config
-    from megatron_scalebio.data import load_dataset
-    from megatron_scalebio.hf import adopt_checkpoint, check_checkpoint
+    from megatron_scalebio.cli import prepare
+    from megatron_scalebio.config import UserError, write_config
     from megatron_scalebio.trainer import Trainer
 
-    config = load_config(args.config, args.overrides)
+    given = argparse.Namespace(command="train", config=args.config, overrides=args.overrides, dry_run=False)
+    config, dataset = prepare(given, int(os.environ.get("WORLD_SIZE", 1)))
     if config.model.hf_path is None:
         raise UserError(f"{args.config}: model.hf_path is not set: it names the folder to import")
-    adopt_checkpoint(config, given_settings(args.config, args.overrides))
-    check_checkpoint(config)
-    dataset = load_dataset(config)
-    check_config(config, int(os.environ.get("WORLD_SIZE", 1)), dataset.tokenizer.vocab_size)
+    if config.run.resume != "never":
+        raise UserError("run.resume=auto: an import begins a new run; leave it at never")
     trainer = Trainer(config, dataset)
     trainer.save()
     if trainer.groups.rank == 0:
-        print(f"{config.run.output_dir}/checkpoints/step_{trainer.step}: {config.model.hf_path}")
+        write_config(config, Path(config.run.output_dir) / "config.yaml")
+        print(f"{config.run.output_dir}/checkpoints/step_0: {config.model.hf_path}")
     return 0
 
 

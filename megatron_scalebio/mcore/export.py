@@ -1,50 +1,82 @@
 """The upper model as a Hugging Face checkpoint: exact full tensors, one at a time, whatever the layout."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor
 
 from megatron_scalebio.active_layers import Role
-from megatron_scalebio.hf import ShardWriter, begin_export, export_config, finish_export, read_config
+from megatron_scalebio.config import UserError
+from megatron_scalebio.hf import Shard, ShardWriter, begin_export, export_config, finish_export, read_config
 from megatron_scalebio.hf.mapping import join_shards, to_theirs
 from megatron_scalebio.mcore.host import MegatronModels
 
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+FAILURES = (OSError, SafetensorError, UserError)  # of disks and folders: no program's fault
 
 
-def export_model(models: MegatronModels, folder: Path) -> None:
-    """Write `models`' upper model to a new folder; every rank takes part.
+def export_model(models: MegatronModels, folder: Path, end_id: int) -> None:
+    """Write `models`' upper model to a new folder; every rank takes part. `end_id` is its tokenizer's end-of-text.
 
     Weights that have trained come from their exact masters, rounded once, to `run.export_dtype`; with bf16 weights and
     a bf16 export those that never trained keep the bits that they were loaded with.
 
-    Raises: UserError if the folder exists.
+    Raises: UserError, on every rank, if the folder exists or cannot be written; what was written stays beside it.
     """
     config, groups = models.config, models.groups
     dtype = EXPORT_DTYPES.get(config.run.export_dtype or config.precision.compute, torch.float32)
-    partial = [begin_export(folder) if groups.rank == 0 else None]
-    dist.broadcast_object_list(partial)
+    first = groups.rank == 0
+    begun = _together(lambda: (_config_json(models, dtype, end_id), begin_export(folder)) if first else None)
+    content, partial = begun[0]
     writes = groups.tensor_rank == 0 and groups.data.rank() == 0
-    writer = ShardWriter(partial[0], groups.stage, dtype, int(config.run.export_shard_gb * 1e9)) if writes else None
+    writer = ShardWriter(partial, groups.stage, dtype, int(config.run.export_shard_gb * 1e9)) if writes else None
+    failure: Exception | None = None
     for name, tensor in _full_tensors(models):
-        if writer is not None:
+        if writer is None or failure is not None:
+            continue
+        try:
             for theirs, part in to_theirs(config.model.family, models.shape, name, tensor).items():
                 writer.add(theirs, part)
-    shards: list = [None] * groups.world_size
-    dist.all_gather_object(shards, (groups.stage, writer.close()) if writer is not None else None)
-    if groups.rank == 0:
-        stages = sorted((written for written in shards if written is not None), key=lambda written: written[0])
-        source = None if config.model.hf_path is None else Path(config.model.hf_path)
-        content = export_config(
-            *(config.model.family, models.shape, models.shape.vocab_size, dtype),
-            source=None if source is None else read_config(source),
-        )
-        tokenizer = None if config.data.tokenizer == "bytes" else Path(config.data.tokenizer)
-        finish_export(partial[0], folder, [s for _, own in stages for s in own], content, source, tokenizer)
-    dist.barrier()
+        except FAILURES as error:  # told below: the other ranks wait in the next tensor's gather
+            failure = error
+
+    def close() -> list[Shard]:
+        if failure is not None:
+            raise failure
+        return [] if writer is None else writer.close()
+
+    by_rank = zip(_together(lambda: groups.stage), _together(close), strict=True)
+    shards = [shard for _, own in sorted(by_rank, key=lambda pair: pair[0]) for shard in own]
+    source = None if config.model.hf_path is None else Path(config.model.hf_path)
+    tokenizer = None if config.data.tokenizer == "bytes" else Path(config.data.tokenizer)
+    _together(lambda: finish_export(partial, folder, shards, content, source, tokenizer) if first else None)
+
+
+def _config_json(models: MegatronModels, dtype: torch.dtype, end_id: int) -> dict[str, Any]:
+    model = models.config.model
+    source = None if model.hf_path is None else read_config(Path(model.hf_path))
+    content = export_config(model.family, models.shape, models.shape.vocab_size, dtype, source)
+    if content.get("eos_token_id") is None:
+        content["eos_token_id"] = end_id  # where generation stops
+    return content
+
+
+def _together(action: Callable[[], Any]) -> list[Any]:
+    """What `action` returns on each rank, or its failure on any of them raised on all, so that none waits for ever."""
+    try:
+        outcome = action(), None
+    except FAILURES as error:
+        outcome = None, str(error)
+    outcomes: list = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, outcome)
+    for rank, (_, failure) in enumerate(outcomes):
+        if failure is not None:
+            raise UserError(f"the model could not be exported: rank {rank}: {failure}")
+    return [result for result, _ in outcomes]
 
 
 def _full_tensors(models: MegatronModels) -> Iterator[tuple[str, Tensor]]:
