@@ -14,7 +14,7 @@ setup(
         "torch>=2.11",
         "megatron-core>=0.19",
         "numpy>=1.26",
-        "transformers>=4.57",
+        "transformers>=5",
         "safetensors>=0.4",
         "omegaconf>=2.3",
         "pyyaml>=6",

@@ -11,5 +11,5 @@ for name in DATA_DIR TOKENIZER; do
     export "$name=$(cd "${!name}" && pwd)"
 done
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
-"$PYTHON" -m megatron_scalebio launch --nproc 2 train --config "$ROOT/examples/gsm8k_kinds.yaml" \
+exec "$PYTHON" -m megatron_scalebio launch --nproc 2 train --config "$ROOT/examples/gsm8k_kinds.yaml" \
     run.output_dir="$ROOT/runs/gsm8k_kinds-$(date +%Y%m%d-%H%M%S)" "$@"

@@ -9,6 +9,7 @@ settings=()
 if [ -z "${MODEL:-}${DATA_DIR:-}" ] && [[ " $* " == *" --dry-run "* ]]; then
     export MODEL="$ROOT/examples/models/$name" DATA_DIR="$ROOT/runs/arithmetic"
     "$PYTHON" "$ROOT/examples/arithmetic.py" "$DATA_DIR" --seed 1
+    echo "neither MODEL nor DATA_DIR is set: the data below are the quickstart's, the model is $MODEL/config.json"
     settings+=(data.tokenizer=bytes "data.sources=[{name: clean, path: $DATA_DIR/train/clean.jsonl}]")
 fi
 for variable in MODEL DATA_DIR; do
@@ -18,5 +19,5 @@ for variable in MODEL DATA_DIR; do
     fi
     export "$variable=$(cd "${!variable}" && pwd)"
 done
-"$PYTHON" -m megatron_scalebio launch --nproc "$ranks" train --config "$ROOT/examples/${name}_8xh100.yaml" \
+exec "$PYTHON" -m megatron_scalebio launch --nproc "$ranks" train --config "$ROOT/examples/${name}_8xh100.yaml" \
     run.output_dir="$ROOT/runs/$name-$(date +%Y%m%d-%H%M%S)" "${settings[@]}" "$@"

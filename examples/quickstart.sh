@@ -4,5 +4,5 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 "$PYTHON" "$ROOT/examples/arithmetic.py" "$ROOT/runs/arithmetic" --seed 1
-"$PYTHON" -m megatron_scalebio launch --nproc 2 train --config "$ROOT/examples/quickstart.yaml" \
+exec "$PYTHON" -m megatron_scalebio launch --nproc 2 train --config "$ROOT/examples/quickstart.yaml" \
     run.output_dir="$ROOT/runs/quickstart-$(date +%Y%m%d-%H%M%S)" "$@"

@@ -13,7 +13,11 @@ done
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 sources=""
 for file in "$DATA_DIR"/train/*.jsonl; do
+    if [ ! -f "$file" ]; then
+        echo "error: DATA_DIR=$DATA_DIR has no train/*.jsonl: one file per source" >&2
+        exit 2
+    fi
     sources+="{name: $(basename "$file" .jsonl), path: '$file'}, "
 done
-"$PYTHON" -m megatron_scalebio launch --nproc 1 train --config "$ROOT/examples/smollm2_135m.yaml" \
+exec "$PYTHON" -m megatron_scalebio launch --nproc 1 train --config "$ROOT/examples/smollm2_135m.yaml" \
     "data.sources=[$sources]" run.output_dir="$ROOT/runs/smollm2-$(date +%Y%m%d-%H%M%S)" "$@"

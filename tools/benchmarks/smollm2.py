@@ -32,11 +32,13 @@ def run(variant: str, seed: int, args: argparse.Namespace) -> dict:
     from megatron_scalebio.config_rules import check_config
     from megatron_scalebio.data import load_dataset
     from megatron_scalebio.device import read_back
-    from megatron_scalebio.hf import adopt_checkpoint
+    from megatron_scalebio.hf import adopt_checkpoint, check_checkpoint
     from megatron_scalebio.trainer import Trainer
 
     files = sorted((args.task / "train").glob("*.jsonl"))
     names = [file.stem for file in files]
+    if args.oracle not in names:
+        raise SystemExit(f"error: --oracle {args.oracle}: the sources of {args.task} are {', '.join(names)}")
     settings = [
         *(f"model.hf_path={args.model}", f"run.seed={seed}", "data.template=plain"),
         "data.sources=[" + ", ".join(f"{{name: {file.stem}, path: '{file.absolute()}'}}" for file in files) + "]",
@@ -48,6 +50,7 @@ def run(variant: str, seed: int, args: argparse.Namespace) -> dict:
         settings.append(f"bilevel.weights={{{weights}}}")
     config = load_config(None, [*settings, *args.settings])
     adopt_checkpoint(config, {})
+    check_checkpoint(config)
     dataset = load_dataset(config)
     check_config(config, 1, dataset.tokenizer.vocab_size)
     trainer = Trainer(config, dataset)

@@ -4,8 +4,15 @@
 # with train/*.jsonl, val.jsonl, test.jsonl. OUT names the folder for the results. Each file is written after every run,
 # so that what is measured stays if the time is up.
 set -euo pipefail
+for variable in MODEL TASKS; do
+    if [ ! -d "${!variable:-}" ]; then
+        echo "error: $variable=${!variable:-} is not a folder; $0 says what it must hold" >&2
+        exit 2
+    fi
+    export "$variable=$(cd "${!variable}" && pwd)"
+done
+out="$(realpath -m "${OUT:-$(dirname "${BASH_SOURCE[0]}")/results}")"
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-out="${OUT:-tools/benchmarks/results}"
 name="$(date +%F)-$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr ' ' '_')"
 settings=(bilevel.steps=300 bilevel.global_batch_size=60 bilevel.logits_lr=2e-2 data.max_length=512
     data.micro_batch_size=16 lisa.num_active_layers=4 optimizer.lr=2e-5 precision.compute=bf16)
