@@ -97,6 +97,7 @@ def finish_export(
     config: dict[str, Any],
     source: Path | None = None,
     tokenizer: Path | None = None,
+    template: Path | None = None,
 ) -> None:
     """Give the shards their names, write the other files, and rename the folder to `final`.
 
@@ -105,6 +106,7 @@ def finish_export(
         config: the content of config.json; see `hf.export_config`.
         source: the checkpoint folder that the model came from, whose generation_config.json goes with it.
         tokenizer: a folder whose tokenizer files and chat template go with it, or a SentencePiece model.
+        template: the .jinja file of another chat template, which the model was trained with.
 
     Raises: UserError if `final` exists by now; ValueError if two shards hold the same tensor.
     """
@@ -125,6 +127,8 @@ def finish_export(
         shutil.copyfile(source / "generation_config.json", partial / "generation_config.json")
     if tokenizer is not None:
         _copy_tokenizer(tokenizer, partial)
+    if template is not None:
+        shutil.copyfile(template, partial / "chat_template.jinja")
     _refuse_existing(final)  # a rename would replace an empty folder
     os.rename(partial, final)
 

@@ -53,7 +53,8 @@ def export_model(models: MegatronModels, folder: Path, end_id: int) -> None:
     shards = [shard for _, own in sorted(by_rank, key=lambda pair: pair[0]) for shard in own]
     source = None if config.model.hf_path is None else Path(config.model.hf_path)
     tokenizer = None if config.data.tokenizer == "bytes" else Path(config.data.tokenizer)
-    _together(lambda: finish_export(partial, folder, shards, content, source, tokenizer) if first else None)
+    template = Path(config.data.template) if config.data.template.endswith(".jinja") else None
+    _together(lambda: finish_export(partial, folder, shards, content, source, tokenizer, template) if first else None)
 
 
 def _config_json(models: MegatronModels, dtype: torch.dtype, end_id: int) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, models
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_scalebio.config import ShapeConfig, UserError
 from megatron_scalebio.hf import (
@@ -27,9 +28,9 @@ ALL_IN_ONE = 10**9
 
 
 def export(
-    folder: Path, final: Path, dtype: torch.dtype, max_shard_bytes: int, stages: int = 2, tokenizer: Path | None = None
+    folder: Path, final: Path, dtype: torch.dtype, max_shard_bytes: int, stages: int = 2, **beside: Path
 ) -> None:
-    """Read a checkpoint as ours and write it again, as that many pipeline stages would."""
+    """Read a checkpoint as ours and write it again, as that many pipeline stages would; `beside`: see finish_export."""
     family, shape = read_shape(folder)
     checkpoint, names = Checkpoint(folder), our_names(family, shape)
     partial, shards = begin_export(final), []
@@ -41,7 +42,7 @@ def export(
                 writer.add(theirs, tensor)
         shards += writer.close()
     config = export_config(family, shape, shape.vocab_size, dtype, read_config(folder))
-    finish_export(partial, final, shards, config, source=folder, tokenizer=tokenizer)
+    finish_export(partial, final, shards, config, source=folder, **beside)
 
 
 def load(folder: Path):
@@ -188,6 +189,20 @@ def test_tokenizer_files_go_along_and_nothing_else(saved, tmp_path):
     written = {path.name for path in (tmp_path / "hf").iterdir()}
     assert written == TOKENIZER_FILES | {"model.safetensors", "config.json", "generation_config.json"}
     assert all((tmp_path / "hf" / name).read_text() == name for name in TOKENIZER_FILES)
+
+
+def test_the_chat_template_of_the_run_stands_for_the_tokenizers(saved, tmp_path):
+    """Also where the tokenizer keeps its own in tokenizer_config.json, as older ones do."""
+    tokenizer, template = tmp_path / "tokenizer", tmp_path / "mine.jinja"
+    letters = Tokenizer(models.BPE({"a": 0}, []))
+    PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="<end>").save_pretrained(tokenizer)
+    config = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "old"}))
+    template.write_text("{% for message in messages %}[{{ message.content }}]{% endfor %}")
+    arguments = dict(tokenizer=tokenizer, template=template)
+    export(saved("llama3")[0], tmp_path / "hf", torch.float32, ALL_IN_ONE, **arguments)
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert loaded.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "[hi]"
 
 
 def test_a_sentencepiece_model_goes_along(saved, tmp_path):
