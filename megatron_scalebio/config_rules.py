@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from megatron_scalebio.config import Config, UserError, flatten, nearest
-from megatron_scalebio.families import FAMILIES
+from megatron_scalebio.families import FAMILIES, ROPE_SCALING
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "model.family": tuple(FAMILIES),
@@ -86,8 +86,6 @@ NOT_NEGATIVE = (
 
 # Without a counterpart in the other families' checkpoints and formulas.
 GEMMA_ONLY = ("query_pre_attn_scalar", "attention_softcap", "final_softcap", "sliding_window")
-
-ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def check_config(config: Config, world_size: int, vocab_size: int | None) -> None:

@@ -94,6 +94,7 @@ def choose_device(setting: str) -> torch.device:
     if local_rank >= count:
         raise UserError(f"local rank {local_rank} has no GPU: this node has {count}; start at most {count} ranks on it")
     torch.cuda.set_device(local_rank)
+    torch.set_float32_matmul_precision("highest")  # fp32 means fp32: NVIDIA's containers allow TF32 for it
     return torch.device("cuda", local_rank)
 
 

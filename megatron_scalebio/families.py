@@ -17,6 +17,9 @@ class Family:
     alternating_window: bool  # layers 0, 2, 4, .. see the last `sliding_window` tokens only
 
 
+# What config.json says of Llama-3.1's rope scaling.
+ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
 FAMILIES = {
     "qwen2": Family("Qwen2ForCausalLM", True, "silu", False, False, False, False),
     "llama3": Family("LlamaForCausalLM", False, "silu", False, False, False, False),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from megatron_scalebio.config import ShapeConfig, UserError
+from megatron_scalebio.families import ROPE_SCALING
 
 # Fields that change nothing that training computes: tokens' numbers, limits, defaults of other programs.
 HARMLESS = (
@@ -53,8 +54,6 @@ _FIXED: dict[str, Any] = {
     "per_layer_config": None,
     "quantization_config": None,
 }
-
-_LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 class Fields:
@@ -155,9 +154,9 @@ class Fields:
         base = rope.pop("rope_theta", self.peek("rope_theta") or 10_000.0)
         if rope.pop("partial_rotary_factor", 1) != 1:
             self.problems.append(f"{name}={_shown(self.config[name])}: not supported, only partial_rotary_factor=1")
-        keys = {"default": (), "llama3": _LLAMA3_ROPE}.get(kind if isinstance(kind, str) else "")
+        keys = {"default": (), "llama3": ROPE_SCALING}.get(kind if isinstance(kind, str) else "")
         if keys is None or set(rope) != set(keys):
-            supported = f"only rope_type default, and llama3 with {', '.join(_LLAMA3_ROPE)}"
+            supported = f"only rope_type default, and llama3 with {', '.join(ROPE_SCALING)}"
             self.problems.append(f"{name}={_shown(self.config[name])}: not supported, {supported}")
             return 1.0, None
         for key, value in {"rope_theta": base, **rope}.items():

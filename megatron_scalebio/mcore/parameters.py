@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_scalebio.config import ShapeConfig
+from megatron_scalebio.hf.mapping import LAYER_PREFIX
 from megatron_scalebio.mcore.process_groups import ProcessGroups
-
-LAYER_PREFIX = "decoder.layers."
 
 # The dimension that tensor parallelism cuts; what is not listed is replicated.
 SHARD_DIMS = {
