@@ -3,13 +3,8 @@
 # DATA_DIR: a folder with train/{clean,duplicated,shuffled,truncated,wrong_final}.jsonl, val.jsonl and test.jsonl.
 # TOKENIZER: a folder with a Qwen2 tokenizer.
 set -euo pipefail
-for name in DATA_DIR TOKENIZER; do
-    if [ ! -d "${!name:-}" ]; then
-        echo "error: $name=${!name:-} is not a folder; $0 says what it must hold" >&2
-        exit 2
-    fi
-    export "$name=$(cd "${!name}" && pwd)"
-done
+source "$(dirname "${BASH_SOURCE[0]}")/folders.sh"
+require_folders DATA_DIR TOKENIZER
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 exec "$PYTHON" -m megatron_scalebio launch --nproc 2 train --config "$ROOT/examples/gsm8k_kinds.yaml" \
     run.output_dir="$ROOT/runs/gsm8k_kinds-$(date +%Y%m%d-%H%M%S)" "$@"

@@ -4,6 +4,7 @@
 set -euo pipefail
 name="$1" ranks="$2"
 shift 2
+source "$(dirname "${BASH_SOURCE[0]}")/folders.sh"
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 settings=()
 if [ -z "${MODEL:-}${DATA_DIR:-}" ] && [[ " $* " == *" --dry-run "* ]]; then
@@ -12,12 +13,6 @@ if [ -z "${MODEL:-}${DATA_DIR:-}" ] && [[ " $* " == *" --dry-run "* ]]; then
     echo "neither MODEL nor DATA_DIR is set: the data below are the quickstart's, the model is $MODEL/config.json"
     settings+=(data.tokenizer=bytes "data.sources=[{name: clean, path: $DATA_DIR/train/clean.jsonl}]")
 fi
-for variable in MODEL DATA_DIR; do
-    if [ ! -d "${!variable:-}" ]; then
-        echo "error: $variable=${!variable:-} is not a folder; $0 says what it must hold" >&2
-        exit 2
-    fi
-    export "$variable=$(cd "${!variable}" && pwd)"
-done
+require_folders MODEL DATA_DIR
 exec "$PYTHON" -m megatron_scalebio launch --nproc "$ranks" train --config "$ROOT/examples/${name}_8xh100.yaml" \
     run.output_dir="$ROOT/runs/$name-$(date +%Y%m%d-%H%M%S)" "${settings[@]}" "$@"

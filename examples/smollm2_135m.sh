@@ -3,13 +3,8 @@
 # MODEL: the folder that `python tools/get_smollm2.py MODEL` makes; DATA_DIR: a folder with val.jsonl and train/*.jsonl,
 # one file per source, called after it.
 set -euo pipefail
-for name in MODEL DATA_DIR; do
-    if [ ! -d "${!name:-}" ]; then
-        echo "error: $name=${!name:-} is not a folder; $0 says what it must hold" >&2
-        exit 2
-    fi
-    export "$name=$(cd "${!name}" && pwd)"
-done
+source "$(dirname "${BASH_SOURCE[0]}")/folders.sh"
+require_folders MODEL DATA_DIR
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 sources=""
 for file in "$DATA_DIR"/train/*.jsonl; do

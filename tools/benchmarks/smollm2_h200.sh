@@ -4,13 +4,8 @@
 # with train/*.jsonl, val.jsonl, test.jsonl. OUT names the folder for the results. Each file is written after every run,
 # so that what is measured stays if the time is up.
 set -euo pipefail
-for variable in MODEL TASKS; do
-    if [ ! -d "${!variable:-}" ]; then
-        echo "error: $variable=${!variable:-} is not a folder; $0 says what it must hold" >&2
-        exit 2
-    fi
-    export "$variable=$(cd "${!variable}" && pwd)"
-done
+source "$(dirname "${BASH_SOURCE[0]}")/../../examples/folders.sh"
+require_folders MODEL TASKS
 out="$(realpath -m "${OUT:-$(dirname "${BASH_SOURCE[0]}")/results}")"
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 name="$(date +%F)-$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr ' ' '_')"
