@@ -161,7 +161,7 @@ def config_of(folder: Path, overrides: tuple[str, ...]) -> Config:
 
 
 def small_dataset(seed: int) -> Dataset:
-    tokenizer = SimpleNamespace(vocab_size=VOCAB_SIZE, pad_id=0)
+    tokenizer = SimpleNamespace(vocab_size=VOCAB_SIZE, end_id=0, pad_id=0)
     names = ["clean", "mixed", "wrong"]
     train = [random_examples(10 * seed + source, (source,) * 7) for source in range(len(names))]
     return Dataset(tokenizer, names, train, validation=random_examples(99, (0,) * 8))
