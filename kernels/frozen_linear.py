@@ -11,7 +11,7 @@ The matrix product, `_matmul_kernel`:
   them over all of K, sums were seen to err by up to 2% at K = 4,096 (DeepSeek-V3, arXiv 2412.19437, section 3.3).
 - A tile is cut in two halves of columns, and a half's sum of a step is added up before the other half's is begun: 64 +
   32 accumulators per thread instead of 64 + 64. So two programs of 128 registers per thread and 96 KB of shared memory
-  fit a multiprocessor, and one's additions run while the other's tensor cores do.
+  fit a multiprocessor, and one's additions can run while the other's tensor cores do.
 - Programs with neighbouring numbers work on neighbouring tiles, GROUP rows of tiles at a time, and find one another's
   operands in the L2 cache.
 

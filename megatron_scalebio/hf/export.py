@@ -1,7 +1,7 @@
 """Writing a Hugging Face checkpoint folder: shards by several ranks, everything else by one, then a rename.
 
     partial = begin_export(final)                        one rank, which tells the others
-    writer = ShardWriter(partial, stage, dtype)          one rank of each pipeline stage
+    writer = ShardWriter(partial, stage, dtype, most_bytes)   one rank of each pipeline stage
     writer.add(name, tensor) ...; shards = writer.close()
     finish_export(partial, final, shards of all stages, config)      one rank, once all have closed
 
@@ -22,8 +22,6 @@ from torch import Tensor
 
 from megatron_scalebio.config import UserError
 from megatron_scalebio.hf.checkpoint import INDEX, SINGLE
-
-MAX_SHARD_BYTES = 5_000_000_000
 
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
@@ -65,7 +63,7 @@ class ShardWriter:
         max_shard_bytes: of tensors in a shard; a larger tensor has a shard of its own.
     """
 
-    def __init__(self, partial: Path, stage: int, dtype: torch.dtype, max_shard_bytes: int = MAX_SHARD_BYTES):
+    def __init__(self, partial: Path, stage: int, dtype: torch.dtype, max_shard_bytes: int):
         self._partial, self._stage, self._dtype, self._limit = partial, stage, dtype, max_shard_bytes
         self._held: dict[str, Tensor] = {}
         self._shards: list[Shard] = []

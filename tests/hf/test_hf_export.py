@@ -130,7 +130,7 @@ def test_a_writer_holds_one_shard_at_most(tmp_path):
 
 def test_a_writer_takes_a_copy(tmp_path):
     """A parameter may train on, and a view of a large tensor must not keep it."""
-    writer = ShardWriter(begin_export(tmp_path / "hf"), 0, torch.float32)
+    writer = ShardWriter(begin_export(tmp_path / "hf"), 0, torch.float32, ALL_IN_ONE)
     tensor = torch.ones(4, 4)
     writer.add("x", tensor.T[1:])
     tensor.zero_()
@@ -154,7 +154,7 @@ def test_nothing_that_exists_is_overwritten_or_deleted(saved, tmp_path):
 def test_what_appears_under_the_final_name_meanwhile_is_left_alone(tmp_path, make):
     final = tmp_path / "hf"
     partial = begin_export(final)
-    writer = ShardWriter(partial, 0, torch.float32)
+    writer = ShardWriter(partial, 0, torch.float32, ALL_IN_ONE)
     writer.add("x", torch.ones(2))
     make(final)
     with pytest.raises(UserError, match="hf exists"):
@@ -167,7 +167,7 @@ def test_what_appears_under_the_final_name_meanwhile_is_left_alone(tmp_path, mak
 def test_a_tensor_written_by_two_stages_is_an_error(tmp_path):
     partial, shards = begin_export(tmp_path / "hf"), []
     for stage in range(2):
-        writer = ShardWriter(partial, stage, torch.float32)
+        writer = ShardWriter(partial, stage, torch.float32, ALL_IN_ONE)
         writer.add("lm_head.weight", torch.ones(2))
         shards += writer.close()
     with pytest.raises(ValueError, match="lm_head.weight"):
