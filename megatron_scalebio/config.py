@@ -99,6 +99,8 @@ class LisaConfig:
     num_active_layers: int = 2  # gamma
     period: int = 20  # steps between draws
     pairing: str | None = None  # preset: shared (one stratified draw for both models) | independent
+    # What trains beside the layers drawn; a tied embedding and head go together. Left out, a block stays frozen.
+    always_active: list[str] = field(default_factory=lambda: ["embedding", "final_norm", "head"])
 
 
 @dataclass
@@ -111,12 +113,14 @@ class OptimizerConfig:
     eps: float = 1.0e-8
     schedule: str = "cosine"  # cosine | constant
     warmup: float = 0.03  # share of bilevel.steps
+    moments: str | None = None  # how Adam's moments are stored: None (as the masters, fp32) | bf16 | fp8 (block scales)
 
 
 @dataclass
 class PrecisionConfig:
     compute: str = "bf16"  # fp64 (CPU, for parity) | fp32 | bf16 | fp8
-    frozen_weights: str | None = None  # None: as compute (bf16 under fp8) | fp8
+    frozen_weights: str | None = None  # None: as compute (bf16 under fp8) | bf16 | fp8: linears of frozen layers
+    fp8_recipe: str = "blockwise"  # of compute=fp8: blockwise | tensorwise
 
 
 @dataclass
@@ -124,7 +128,9 @@ class ParallelConfig:
     tensor: int = 1
     pipeline: int = 1
     virtual_pipeline: int | None = None  # virtual stages per stage; refused: not supported
+    layers_per_stage: list[int] | None = None  # decoder layers of each pipeline stage; None: equal numbers
     sequence: bool = False
+    recompute: str = "none"  # activations computed again in the backward pass: none | selective (the MLPs) | full
     fused_pipeline: bool = True  # one flush for all micro-batches of both models; False: three flushes
 
 

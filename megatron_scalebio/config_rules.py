@@ -20,7 +20,10 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "lisa.pairing": ("shared", "independent"),
     "optimizer.schedule": ("cosine", "constant"),
     "precision.compute": ("fp64", "fp32", "bf16"),
-    "precision.frozen_weights": (None,),
+    "precision.frozen_weights": (None, "bf16"),
+    "precision.fp8_recipe": ("blockwise", "tensorwise"),
+    "optimizer.moments": (None,),
+    "parallel.recompute": ("none",),
     "run.resume": ("never", "auto"),
     "run.export_dtype": (None, "bf16", "fp32"),
     "run.device": ("auto", "cpu", "cuda"),
@@ -30,6 +33,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 UNAVAILABLE: dict[str, tuple[str, ...]] = {
     "precision.compute": ("fp8",),
     "precision.frozen_weights": ("fp8",),
+    "optimizer.moments": ("bf16", "fp8"),
+    "parallel.recompute": ("selective", "full"),
 }
 
 # Smallest allowed value; None is allowed where the field's default is None or its comment gives None a meaning.
@@ -96,7 +101,7 @@ def check_config(config: Config, world_size: int, vocab_size: int | None) -> Non
     """
     problems = _values(config)
     if not problems:  # the rules below divide by these values
-        model = [*_shape(config, vocab_size), *_family(config)]
+        model = [*_shape(config, vocab_size), *_family(config), *_always_active(config)]
         problems = [*model, *_layout(config, world_size), *_sources(config), *_installed(config)]
     if problems:
         raise UserError("\n".join(problems))
@@ -128,6 +133,11 @@ def _values(config: Config) -> list[str]:
         problems.append(f"optimizer.warmup={config.optimizer.warmup}: is a share of bilevel.steps, below 1")
     if not problems:
         problems += _last_alpha(config)
+    compute = config.precision.compute
+    if config.precision.frozen_weights == "bf16" and compute not in ("bf16", "fp8"):
+        problems.append(f"precision.frozen_weights=bf16 with precision.compute={compute}: set it to null, or to fp8")
+    if config.optimizer.moments is not None and compute == "fp64":
+        problems.append(f"optimizer.moments={config.optimizer.moments}: precision.compute=fp64 keeps them in fp64")
     betas = config.optimizer.betas
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         problems.append(f"optimizer.betas={betas}: must be two numbers from 0 up to, not including, 1")
@@ -224,8 +234,7 @@ def _layout(config: Config, world_size: int) -> list[str]:
             problems.append(f"parallel.tensor={tensor} must divide model.shape.{name}={getattr(shape, name)}")
     if 128 % tensor:
         problems.append(f"parallel.tensor={tensor} must divide 128, the multiple that the vocabulary is padded to")
-    if shape.num_layers % pipeline:
-        problems.append(f"parallel.pipeline={pipeline} must divide model.shape.num_layers={shape.num_layers}")
+    problems += _stages(shape.num_layers, pipeline, parallel.layers_per_stage)
     if world_size % (tensor * pipeline):
         problems.append(
             f"parallel.tensor={tensor} times parallel.pipeline={pipeline} must divide the number of ranks, {world_size}"
@@ -240,6 +249,35 @@ def _layout(config: Config, world_size: int) -> list[str]:
                 f" parallel.tensor={tensor}"
             )
     return problems
+
+
+def _stages(num_layers: int, pipeline: int, layers_per_stage: list[int] | None) -> list[str]:
+    if layers_per_stage is None:
+        if num_layers % pipeline == 0:
+            return []
+        return [
+            f"parallel.pipeline={pipeline} must divide model.shape.num_layers={num_layers}, or set"
+            " parallel.layers_per_stage"
+        ]
+    named = f"parallel.layers_per_stage={layers_per_stage}"
+    if len(layers_per_stage) != pipeline:
+        return [f"{named}: must have parallel.pipeline={pipeline} numbers"]
+    if min(layers_per_stage) < 1 or sum(layers_per_stage) != num_layers:
+        return [f"{named}: must be positive numbers that add up to model.shape.num_layers={num_layers}"]
+    return []
+
+
+def _always_active(config: Config) -> list[str]:
+    blocks, names = config.lisa.always_active, ("embedding", "final_norm", "head")
+    named = f"lisa.always_active={blocks}"
+    if unknown := [block for block in blocks if block not in names]:
+        known = nearest(str(unknown[0]), names)
+        return [f"{named}: must be some of {', '.join(names)}; not {unknown[0]} (nearest: {known})"]
+    if len(set(blocks)) != len(blocks):
+        return [f"{named}: names a block twice"]
+    if config.model.shape.tied_embeddings and ("embedding" in blocks) != ("head" in blocks):
+        return [f"{named}: with model.shape.tied_embeddings=true the embedding is the head: name both or neither"]
+    return []
 
 
 def _sources(config: Config) -> list[str]:

@@ -33,13 +33,19 @@ def model_parameters(family: str, shape: ShapeConfig, vocab_size: int) -> int:
     return tables + shape.num_layers * layer_parameters(family, shape) + shape.hidden_size
 
 
+def stage_layers(config: Config, stage: int) -> range:
+    """The decoder layers of a pipeline stage."""
+    num_layers, num_stages = config.model.shape.num_layers, config.parallel.pipeline
+    sizes = config.parallel.layers_per_stage or [num_layers // num_stages] * num_stages
+    return range(sum(sizes[:stage]), sum(sizes[: stage + 1]))
+
+
 def stage_blocks(config: Config, vocab_size: int, stage: int) -> dict[str, int]:
     """{block: parameters} of one model on one rank of a pipeline stage, padding of the vocabulary included."""
     shape, tensor, num_stages = config.model.shape, config.parallel.tensor, config.parallel.pipeline
     table = padded_vocab_size(vocab_size) // tensor * shape.hidden_size
-    per_stage = shape.num_layers // num_stages
     blocks = {"embedding": table} if stage == 0 else {}
-    for layer in range(stage * per_stage, (stage + 1) * per_stage):
+    for layer in stage_layers(config, stage):
         blocks[f"layers.{layer}"] = layer_parameters(config.model.family, shape, tensor)
     if stage == num_stages - 1:
         blocks["final_norm"] = shape.hidden_size
