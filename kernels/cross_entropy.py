@@ -82,7 +82,7 @@ def cross_entropy_reference(logits, targets, loss_coef, vocab_size, group, softc
             exp.scatter_add_(1, column, torch.where(here, -coef, 0.0).unsqueeze(1))
             if slope is not None:
                 exp *= slope
-            if exp.data_ptr() != grad.data_ptr():
+            if exp.untyped_storage() is not grad.untyped_storage():
                 grad[:, :columns] = exp
     return losses
 

@@ -12,7 +12,7 @@ Shapes: N tokens that carry loss, H hidden, V vocabulary, V_local this tensor-pa
 
 import torch
 from megatron_scalebio.kernels.cross_entropy import cross_entropy
-from megatron_scalebio.kernels.dispatch import on_triton
+from megatron_scalebio.kernels.dispatch import device_type, on_triton
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -64,8 +64,9 @@ class _HeadLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wanted[0] else None
         grad_weight = torch.empty_like(weight, dtype=wide) if wanted[1] else None
         logits = grad_logits = None
-        for start in range(0, len(targets), TOKENS_PER_CHUNK[hidden.device.type]):
-            chunk = slice(start, start + TOKENS_PER_CHUNK[hidden.device.type])
+        tokens_per_chunk = TOKENS_PER_CHUNK[device_type(hidden.device)]
+        for start in range(0, len(targets), tokens_per_chunk):
+            chunk = slice(start, start + tokens_per_chunk)
             rows = hidden[chunk].to(operand)
             if logits is None or len(rows) < len(logits):
                 logits = torch.empty(len(rows), len(weight), dtype=wide, device=hidden.device)
@@ -108,7 +109,7 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out = a @ b, as accumulated: `out` may be wider than the operands."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
-    elif a.is_cuda:
+    elif device_type(a.device) == "cuda":
         torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:
         torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
@@ -118,7 +119,7 @@ def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out += a @ b, accumulated in the dtype of `out`: bf16 sums over chunks would lose what small tokens add."""
     if a.dtype == out.dtype:
         out.addmm_(a, b)
-    elif a.is_cuda:
+    elif device_type(a.device) == "cuda":
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
         out.addmm_(a.to(out.dtype), b.to(out.dtype))

@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 import torch
 from megatron_scalebio.kernels import adamw, cross_entropy, loss_sums, sum_of_squares
+from megatron_scalebio.kernels.moments import Moment
 
 from tests.hopper import Kernel, compiled_for_hopper
 
@@ -39,10 +40,11 @@ def launch_cross_entropy(logits: torch.dtype, grad: torch.dtype, softcap: float 
     cross_entropy.cross_entropy(shard, targets, coefs, V_LOCAL, ONE_RANK, softcap, place)
 
 
-def launch_update(weights: torch.dtype) -> None:
-    master, gradient, exp_avg, exp_avg_sq = (torch.empty(NUMEL) for _ in range(4))
+def launch_update(weights: torch.dtype, moments: str | None) -> None:
+    master, gradient = torch.empty(NUMEL), torch.empty(NUMEL)
+    pair = [Moment.zeros(NUMEL, moments, FP32, torch.device("cpu")) for _ in range(2)]
     adamw.adamw_update(
-        *(master if weights == FP32 else torch.empty(NUMEL, dtype=weights), master, gradient, exp_avg, exp_avg_sq),
+        *(master if weights == FP32 else torch.empty(NUMEL, dtype=weights), master, gradient, *pair),
         **dict(num_decayed=NUMEL - 5120, step=3, lr=1e-6, betas=(0.9, 0.999), eps=1e-8, weight_decay=5e-4),
         gradient_scale=torch.ones(()),
     )
@@ -72,8 +74,11 @@ LAUNCHES = {
         *(launch_cross_entropy, FP32, BF16, 30.0),
         [Budget("_statistics_kernel", 64, 4, 0, 34), Budget("_gradient_kernel", 32, 4, 2, 32)],
     ),
-    "update, bf16 weights": (launch_update, BF16, [Budget("_update_kernel", 56, 8, 7)]),
-    "update, fp32 weights": (launch_update, FP32, [Budget("_update_kernel", 56, 8, 6)]),
+    "update, bf16 weights": (launch_update, BF16, None, [Budget("_update_kernel", 56, 8, 7)]),
+    "update, fp32 weights": (launch_update, FP32, None, [Budget("_update_kernel", 56, 8, 6)]),
+    "update, bf16 weights and moments": (launch_update, BF16, "bf16", [Budget("_update_kernel", 64, 6, 5)]),
+    # A thread's share of a moment in 8 bits is 8 bytes.
+    "update, bf16 weights, fp8 moments": (launch_update, BF16, "fp8", [Budget("_update_kernel", 80, 4, 3)]),
     "norm": (launch_norm, [Budget("_squares_kernel", 64, 4)]),
     "sums per source": (launch_sums, [Budget("_sums_kernel", 40, 4)]),
 }

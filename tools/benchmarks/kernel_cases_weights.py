@@ -20,6 +20,7 @@ from megatron_scalebio.kernels.fp8 import (
     transpose_reference,
 )
 from megatron_scalebio.kernels.frozen_linear import frozen_linear, matmul
+from megatron_scalebio.kernels.moments import FIRST, SECOND, Moment, load_reference, store_reference
 from megatron_scalebio.kernels.sum_of_squares import sum_of_squares
 from torch import Tensor
 
@@ -34,6 +35,8 @@ QUICK_NUM_PARAMETERS = {"cuda": [2**27, 2**27 + 3], "cpu": [5000]}
 LINEARS = {"cuda": [(7168, 5120), (5120, 5120), (55296, 5120), (5120, 27648)], "cpu": [(256, 384)]}
 NUM_TOKENS = {"cuda": 8192, "cpu": 48}
 
+BYTES_PER_PARAMETER = {"fp32": 30, "bf16": 22, "fp8": 18}  # of an update, by how moments are stored
+
 CUBLAS = "cuBLAS in bf16"
 
 
@@ -44,12 +47,12 @@ class UpdateInputs:
     weights: Tensor  # bf16
     master: Tensor  # fp32, as small as its update, so that an error of the update shows
     gradient: Tensor  # fp32
-    exp_avg: Tensor  # fp32
-    exp_avg_sq: Tensor  # fp32
+    exp_avg: Tensor | Moment  # fp32, or as it is stored
+    exp_avg_sq: Tensor | Moment
     gradient_scale: Tensor  # scalar fp32
     num_decayed: int
 
-    def tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Tensor | Moment, ...]:
         return self.weights, self.master, self.gradient, self.exp_avg, self.exp_avg_sq
 
 
@@ -65,23 +68,31 @@ class LinearInputs:
 
 
 def adamw_update_cases(device: torch.device, quick: bool) -> list[Case]:
-    """Scale the gradient, AdamW, cast to bf16."""
+    """Scale the gradient, AdamW, cast to bf16. Stored moments are rounded by draws: what they feed is checked."""
 
-    def case(size: int) -> Case:
+    def case(size: int, moments: str) -> Case:
+        rounded = moments != "fp32"
         return Case(
             operation="adamw_update",
-            shape=dict(n=size),
-            make_inputs=partial(_update_inputs, size, device),
-            expected=lambda inputs: _update(adamw_update_reference, _in_fp64(inputs)),
-            plain=partial(_update, adamw_update_reference),
-            ours=(Contender("ours", lambda inputs: _update(adamw_update, inputs), num_bytes=30 * size),),
+            shape=dict(n=size, moments=moments),
+            make_inputs=lambda: _with_moments(_update_inputs(size, device), moments),
+            expected=lambda inputs: _update(adamw_update_reference, _in_fp64(inputs), rounded),
+            plain=lambda inputs: _update(adamw_update_reference, inputs, rounded),
+            ours=(
+                Contender(
+                    "ours",
+                    lambda inputs: _update(adamw_update, inputs, rounded),
+                    num_bytes=BYTES_PER_PARAMETER[moments] * size,
+                ),
+            ),
             floors=(),
-            peers=kernel_peers.ADAMW,
+            peers=() if rounded else kernel_peers.ADAMW,
             flops=0,
             targets=(Target(BANDWIDTH, 1 / 0.85),),
         )
 
-    return [case(size) for size in (QUICK_NUM_PARAMETERS if quick else NUM_PARAMETERS)[device.type]]
+    sizes = (QUICK_NUM_PARAMETERS if quick else NUM_PARAMETERS)[device.type]
+    return [*(case(size, "fp32") for size in sizes), *(case(sizes[0], moments) for moments in ("bf16", "fp8"))]
 
 
 def _update_inputs(size: int, device: torch.device) -> UpdateInputs:
@@ -98,15 +109,32 @@ def _update_inputs(size: int, device: torch.device) -> UpdateInputs:
     )
 
 
+def _with_moments(inputs: UpdateInputs, moments: str) -> UpdateInputs:
+    if moments == "fp32":
+        return inputs
+    stored = {}
+    for which, name in ((FIRST, "exp_avg"), (SECOND, "exp_avg_sq")):
+        numbers = getattr(inputs, name)
+        stored[name] = Moment.zeros(len(numbers), moments, numbers.dtype, numbers.device)
+        store_reference(stored[name], numbers, which, 1, 0)
+    return replace(inputs, **stored)
+
+
 def _in_fp64(inputs: UpdateInputs) -> UpdateInputs:
+    """The same numbers; moments as they are stored become plain tensors."""
     names = ("weights", "master", "gradient", "exp_avg", "exp_avg_sq", "gradient_scale")
-    return replace(inputs, **{name: getattr(inputs, name).double() for name in names})
+    values = {name: getattr(inputs, name) for name in names}
+    for which, name in ((FIRST, "exp_avg"), (SECOND, "exp_avg_sq")):
+        if isinstance(values[name], Moment):
+            values[name] = load_reference(values[name], which)
+    return replace(inputs, **{name: value.double() for name, value in values.items()})
 
 
-def _update(operation: Callable[..., None], inputs: UpdateInputs) -> Outputs:
+def _update(operation: Callable[..., None], inputs: UpdateInputs, rounded: bool) -> Outputs:
     settings = dict(num_decayed=inputs.num_decayed, gradient_scale=inputs.gradient_scale)
     operation(*inputs.tensors(), **settings, **kernel_peers.ADAMW_SETTINGS)
-    return kernel_peers.update_outputs(inputs)
+    outputs = kernel_peers.update_outputs(inputs)
+    return {name: outputs[name] for name in ("weights", "master")} if rounded else outputs
 
 
 def sum_of_squares_cases(device: torch.device, quick: bool) -> list[Case]:
