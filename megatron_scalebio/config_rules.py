@@ -19,22 +19,14 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "bilevel.logits_schedule": ("constant", "cosine"),
     "lisa.pairing": ("shared", "independent"),
     "optimizer.schedule": ("cosine", "constant"),
-    "precision.compute": ("fp64", "fp32", "bf16"),
-    "precision.frozen_weights": (None, "bf16"),
+    "precision.compute": ("fp64", "fp32", "bf16", "fp8"),
+    "precision.frozen_weights": (None, "bf16", "fp8"),
     "precision.fp8_recipe": ("blockwise", "tensorwise"),
-    "optimizer.moments": (None,),
-    "parallel.recompute": ("none",),
+    "optimizer.moments": (None, "bf16", "fp8"),
+    "parallel.recompute": ("none", "selective", "full"),
     "run.resume": ("never", "auto"),
     "run.export_dtype": (None, "bf16", "fp32"),
     "run.device": ("auto", "cpu", "cuda"),
-}
-
-# Part of the design, not of this version: refused by name, so that nobody takes them for a typing error.
-UNAVAILABLE: dict[str, tuple[str, ...]] = {
-    "precision.compute": ("fp8",),
-    "precision.frozen_weights": ("fp8",),
-    "optimizer.moments": ("bf16", "fp8"),
-    "parallel.recompute": ("selective", "full"),
 }
 
 # Smallest allowed value; None is allowed where the field's default is None or its comment gives None a meaning.
@@ -102,7 +94,10 @@ def check_config(config: Config, world_size: int, vocab_size: int | None) -> Non
     problems = _values(config)
     if not problems:  # the rules below divide by these values
         model = [*_shape(config, vocab_size), *_family(config), *_always_active(config)]
-        problems = [*model, *_layout(config, world_size), *_sources(config), *_installed(config)]
+        problems = [
+            *(*model, *_precision(config), *_layout(config, world_size)),
+            *(*_sources(config), *_installed(config)),
+        ]
     if problems:
         raise UserError("\n".join(problems))
 
@@ -113,9 +108,7 @@ def _values(config: Config) -> list[str]:
     problems = []
     for key, allowed in CHOICES.items():
         value = flat[key]
-        if value in UNAVAILABLE.get(key, ()):
-            problems.append(f"{key}={value} is not available in this version; use {' or '.join(map(_text, allowed))}")
-        elif value not in allowed:
+        if value not in allowed:
             words = [_text(choice) for choice in allowed]
             problems.append(f"{key}={value}: must be one of {', '.join(words)} (nearest: {nearest(str(value), words)})")
     if config.parallel.virtual_pipeline is not None:
@@ -134,8 +127,6 @@ def _values(config: Config) -> list[str]:
     if not problems:
         problems += _last_alpha(config)
     compute = config.precision.compute
-    if config.precision.frozen_weights == "bf16" and compute not in ("bf16", "fp8"):
-        problems.append(f"precision.frozen_weights=bf16 with precision.compute={compute}: set it to null, or to fp8")
     if config.optimizer.moments is not None and compute == "fp64":
         problems.append(f"optimizer.moments={config.optimizer.moments}: precision.compute=fp64 keeps them in fp64")
     betas = config.optimizer.betas
@@ -206,6 +197,11 @@ def _family(config: Config) -> list[str]:
         problems.append(
             f"model.implementation=te has neither the post norms nor the softcaps of {name}; use native or auto"
         )
+    if model.implementation == "te" and config.parallel.recompute != "none":
+        problems.append(
+            f"parallel.recompute={config.parallel.recompute} is not available with model.implementation=te: use native"
+            " or auto, or parallel.recompute=none"
+        )
     return problems
 
 
@@ -265,6 +261,47 @@ def _stages(num_layers: int, pipeline: int, layers_per_stage: list[int] | None) 
     if min(layers_per_stage) < 1 or sum(layers_per_stage) != num_layers:
         return [f"{named}: must be positive numbers that add up to model.shape.num_layers={num_layers}"]
     return []
+
+
+def _precision(config: Config) -> list[str]:
+    frozen, compute, problems = config.precision.frozen_weights, config.precision.compute, []
+    if frozen == "bf16" and compute not in ("bf16", "fp8"):
+        problems.append(f"precision.frozen_weights=bf16 with precision.compute={compute}: set it to null, or to fp8")
+    if frozen == "fp8" and compute == "fp64":
+        problems.append("precision.frozen_weights=fp8 with precision.compute=fp64: FP8's products are fp32 at most")
+    independent = config.bilevel.mode == "bilevel" and config.lisa.pairing == "independent" and config.lisa.enabled
+    for key in [key for key in ("frozen_weights", "compute") if getattr(config.precision, key) == "fp8"]:
+        if config.model.implementation == "te":
+            problems.append(f"precision.{key}=fp8 needs model.implementation=native or auto, not te")
+        if independent:
+            problems.append(
+                f"precision.{key}=fp8 needs lisa.pairing=shared: under independent draws a layer is rounded in one"
+                " model and not in the other, and the rounding would pass for a difference of their losses"
+            )
+    return [*problems, *_fp8_products(config)] if compute == "fp8" else problems
+
+
+def _fp8_products(config: Config) -> list[str]:
+    """An FP8 product of a layer that trains adds up its inputs, its outputs or the tokens, in steps of 16."""
+    shape, tensor, problems = config.model.shape, config.parallel.tensor, []
+    heads, groups = shape.num_attention_heads, shape.num_query_groups
+    head_size = (shape.head_size or shape.hidden_size // heads) / tensor
+    sizes = {
+        "model.shape.hidden_size": shape.hidden_size,
+        "model.shape.ffn_hidden_size / tensor": shape.ffn_hidden_size / tensor,
+        "num_attention_heads * head size / tensor": heads * head_size,
+        "(num_attention_heads + 2 * num_query_groups) * head size / tensor": (heads + 2 * groups) * head_size,
+        "data.micro_batch_size * data.max_length": config.data.micro_batch_size * config.data.max_length,
+    }
+    problems += [
+        f"precision.compute=fp8 needs multiples of 16, but at parallel.tensor={tensor} {name} is {size:g}: change it,"
+        " or use precision.compute=bf16"
+        for name, size in sizes.items()
+        if size % 16
+    ]
+    if config.run.device == "cpu":
+        problems.append("precision.compute=fp8 needs a GPU: set run.device=auto or cuda, or precision.compute=bf16")
+    return problems
 
 
 def _always_active(config: Config) -> list[str]:

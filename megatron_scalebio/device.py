@@ -7,6 +7,8 @@ can tell when an upgrade moves one); everything else of Megatron-Core runs unedi
 
 import importlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,8 @@ from torch import Tensor
 from megatron_scalebio.config import UserError
 
 CPU = torch.device("cpu")
+
+_reads_zeros = False
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,21 @@ def check_device(setting: str, ranks_here: int) -> None:
         )
 
 
+def find_cuda() -> bool:
+    """Whether this machine has a CUDA device that torch can use."""
+    return torch.cuda.is_available()
+
+
+def gpu_memory() -> int:
+    """Bytes of the smallest GPU of this machine."""
+    return min(torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count()))
+
+
+def has_nccl() -> bool:
+    """Whether torch can talk between GPUs."""
+    return torch.distributed.is_available() and torch.distributed.is_nccl_available()
+
+
 def choose_device(setting: str) -> torch.device:
     """The device of this process for `run.device`: auto | cpu | cuda. One process drives one GPU, `LOCAL_RANK`'s.
 
@@ -113,6 +132,25 @@ def install_cpu_seam() -> None:
         schedules.torch = _TorchOnCpu()
 
 
+@contextmanager
+def rehearsal() -> Iterator[None]:
+    """Run Megatron-Core on fake tensors of the CPU, on a machine with or without CUDA: the seam is in place, and
+    `read_back` reads zeros, since fake tensors hold no numbers. Afterwards both are as they were.
+
+    Raises: RuntimeError where CUDA is in use in this process.
+    """
+    global _reads_zeros
+    schedules = importlib.import_module("megatron.core.pipeline_parallel.schedules")
+    before = torch.cuda.current_device, torch.cuda.synchronize, Tensor.cuda, schedules.torch
+    install_cpu_seam()
+    _reads_zeros = True
+    try:
+        yield
+    finally:
+        torch.cuda.current_device, torch.cuda.synchronize, Tensor.cuda, schedules.torch = before
+        _reads_zeros = False
+
+
 def backend(device: torch.device) -> str:
     """The torch.distributed backend of a device."""
     return "nccl" if device.type == "cuda" else "gloo"
@@ -120,6 +158,8 @@ def backend(device: torch.device) -> str:
 
 def read_back(tensor: Tensor) -> list[float]:
     """Device numbers as Python floats. The one place where the host waits for the device."""
+    if _reads_zeros:
+        return [0.0] * tensor.numel()
     return tensor.detach().to(device=CPU, dtype=torch.float64).reshape(-1).tolist()
 
 

@@ -42,7 +42,7 @@ class Trainer:
         vocab_size = config.model.shape.vocab_size or dataset.tokenizer.vocab_size
         checkpoint = newest_checkpoint(config) if config.run.resume == "auto" else None
         self.models = MegatronModels(
-            config, self.groups, self.device, vocab_size, initial_weights=checkpoint is None
+            config, self.groups, self.device, vocab_size, loads=checkpoint is None
         )
         if self.groups.rank == 0:
             print(f"attention: {choose_attention(config.model, self.device, self.models.dtype).line}")

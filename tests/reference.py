@@ -12,6 +12,7 @@ V vocabulary, K sources.
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -240,6 +241,7 @@ class ReferenceRun:
             sources and are not read: the two arguments below stand for them.
         logits: [K], where the logits start.
         prior: [K], positive; None: uniform.
+        always_active: what trains beside the active layers; a tied head is the embedding.
     """
 
     def __init__(
@@ -251,7 +253,9 @@ class ReferenceRun:
         logits: list[float],
         prior: list[float] | None = None,
         dtype: torch.dtype = torch.float64,
+        always_active: Collection[str] = ("embedding", "final_norm", "head"),
     ):
+        self.always_active = always_active
         self.shape, self.bilevel, self.optimizer = shape, bilevel, optimizer
         self.lower = {name: weight.detach().to(dtype, copy=True) for name, weight in weights.items()}
         self.upper = {name: weight.detach().to(dtype, copy=True) for name, weight in weights.items()}
@@ -275,7 +279,8 @@ class ReferenceRun:
     ) -> StepRecord:
         """Do step number `step` (from 1) with the given active layers (global, from 0; None: all)."""
         weights = self.weights.to(next(iter(self.upper.values())).dtype)
-        lower, upper = _Branch(self.lower, active_lower), _Branch(self.upper, active_upper)
+        lower = _Branch(self.lower, active_lower, self.always_active)
+        upper = _Branch(self.upper, active_upper, self.always_active)
         loss_upper = self._train_losses(upper, train)
         objective = self.penalty_alpha * weights @ loss_upper
         if self.bilevel.mode == "fixed":
@@ -345,10 +350,12 @@ class ReferenceRun:
 class _Branch:
     """One model's weights for one step: leaves that train, constants that do not."""
 
-    def __init__(self, weights: Weights, active_layers: list[int] | None):
+    def __init__(self, weights: Weights, active_layers: list[int] | None, always_active: Collection[str]):
         def trains(name: str) -> bool:
-            in_layer = name.startswith("decoder.layers.")
-            return active_layers is None or not in_layer or int(name.split(".")[2]) in active_layers
+            if name.startswith("decoder.layers."):
+                return active_layers is None or int(name.split(".")[2]) in active_layers
+            block = {"embedding": "embedding", "decoder": "final_norm", "output_layer": "head"}[name.split(".")[0]]
+            return block in always_active
 
         self.weights = {name: weight.clone().requires_grad_(trains(name)) for name, weight in weights.items()}
 

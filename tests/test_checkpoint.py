@@ -17,12 +17,13 @@ from megatron_scalebio.config import Config, UserError, load_config
 from megatron_scalebio.data import Dataset
 from megatron_scalebio.trainer import Trainer
 from tests.distributed import run_distributed
-from tests.mcore.runs import SMALL_RUN, VOCAB_SIZE, random_examples
+from tests.mcore.runs import SMALL_RUN, VOCAB_SIZE, random_examples, state_tensors
 
 NEVER = SimpleNamespace(agreed=lambda device: 0)
 RUN = (*SMALL_RUN, "run.save_every=1", "bilevel.steps=5", "run.eval_every=0", "precision.compute=bf16")
 MID_PERIOD, PERIOD_EDGE = 3, 4  # of periods of two steps
 TP2, PP2 = "parallel.tensor=2", "parallel.pipeline=2"
+FP8 = "precision.frozen_weights=fp8"
 TIED, INDEPENDENT = "model.shape.tied_embeddings=true", "lisa.pairing=independent"
 
 CASES = {
@@ -31,6 +32,8 @@ CASES = {
     "PP2, bf16, tied": (2, (PP2, TIED)),
     "DP2, bf16": (2, (INDEPENDENT,)),
     "DP2xPP2, bf16": (4, (PP2, INDEPENDENT)),
+    "DP2, fp8 frozen, moments in bf16": (2, (FP8, "optimizer.moments=bf16")),
+    "TP2xPP2, fp8 frozen, moments in fp8": (4, (TP2, PP2, FP8, "optimizer.moments=fp8")),
 }
 
 
@@ -132,22 +135,8 @@ def train(folder: Path, overrides: tuple[str, ...], seed: int = 0, poisoned_step
         "ended": trainer.step,
         "state": trainer.models.state(),
         "source_weights": trainer.source_weights.state_dict(),
-        "tensors": tensors_of(trainer),
+        "tensors": state_tensors(trainer.models),
     }
-
-
-def tensors_of(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Weights of both models, masters and moments of what is active, masters of what was, on this rank."""
-    tensors = {}
-    for role, active_set in trainer.models.active_sets.items():
-        for name, block in trainer.models.store.blocks[role].items():
-            tensors[f"{role}/{name}"] = block.weights.clone()
-        for name, active in active_set.blocks.items():
-            for part in ("master", "exp_avg", "exp_avg_sq"):
-                tensors[f"{role}/{name}/{part}"] = getattr(active, part).clone()
-    for (role, name), master in trainer.models.store.masters.items():
-        tensors[f"{role}/{name}/frozen master"] = master.clone()
-    return tensors
 
 
 def refusal(folder: Path, overrides: tuple[str, ...], seed: int) -> str:

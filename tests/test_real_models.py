@@ -21,7 +21,6 @@ from megatron_scalebio.data import Dataset, Example
 from megatron_scalebio.data.tokenizers import BytesTokenizer
 from megatron_scalebio.hf import adopt_checkpoint
 from megatron_scalebio.mcore.export import export_model
-from megatron_scalebio.mcore.host import ALWAYS_ACTIVE
 from megatron_scalebio.trainer import Trainer
 from tests.distributed import run_distributed
 from tests.hf.tiny_models import CONFIGS, random_model
@@ -33,6 +32,7 @@ RUN = (
     *("precision.compute=fp32", "data.validation=synthetic", "run.export_shard_gb=1e-4"),
 )
 TP2, PP2, BF16 = "parallel.tensor=2", "parallel.pipeline=2", "precision.compute=bf16"
+FP8 = "precision.frozen_weights=fp8"
 LAYOUTS = {"one rank": (1, ()), "TP2": (2, (TP2,)), "DP2": (2, ()), "TP2xPP2": (4, (TP2, PP2))}
 KINDS = ("qwen2", "qwen2-tied", "llama3", "gemma2")
 
@@ -66,6 +66,20 @@ def test_without_training_every_tensor_comes_out_with_its_bits(saved, tmp_path, 
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_in_fp8_that_never_trained_come_out_with_their_bits(saved, tmp_path, kind):
+    source = saved(kind, torch.bfloat16)
+    world_size, overrides = LAYOUTS["TP2xPP2"]
+    settings = (*overrides, BF16, FP8, "lisa.always_active=[final_norm]", "run.export_dtype=bf16")
+    results = run_distributed(world_size, train, source, tmp_path / "hf", settings, 2)
+    ever_active = set().union(*(result["ever_active"] for result in results))
+    before, after = tensors(source), tensors(tmp_path / "hf")
+    trained = {name for name in after if not torch.equal(before[name], after[name])}
+    assert trained and len(trained) < len(after)
+    for name in trained:
+        assert name == "model.norm.weight" or f"layers.{name.split('.')[2]}" in ever_active
+
+
 @pytest.mark.parametrize("layout", ["TP2", "TP2xPP2"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_after_training_transformers_computes_the_loss_that_the_run_reports(saved, tmp_path, kind, layout):
@@ -80,17 +94,21 @@ def test_after_training_transformers_computes_the_loss_that_the_run_reports(save
     assert reported == pytest.approx(trained, rel=2e-6)
 
 
+@pytest.mark.parametrize("frozen", ["bf16", "fp8"])
 @pytest.mark.parametrize("layout", ["DP2", "TP2xPP2"])
-def test_an_fp32_export_of_bf16_training_has_the_exact_masters_and_the_untouched_weights(saved, tmp_path, layout):
-    """At a learning rate that bf16 swallows: what trained differs from the source, by no more than the updates."""
+def test_an_fp32_export_of_bf16_training_has_the_exact_masters_and_the_untouched_weights(
+    saved, tmp_path, layout, frozen
+):
+    """At a learning rate that bf16 and FP8 swallow, what trained differs from the source, by the updates at most."""
     source = saved("qwen2", torch.bfloat16)
     world_size, overrides = LAYOUTS[layout]
-    overrides += (BF16, "run.export_dtype=fp32", "optimizer.lr=1e-6", "optimizer.weight_decay=0")
+    overrides += (BF16, f"precision.frozen_weights={frozen}", "run.export_dtype=fp32")
+    overrides += ("optimizer.lr=1e-6", "optimizer.weight_decay=0")
     results = run_distributed(world_size, train, source, tmp_path / "hf", overrides, 2)
     ever_active = set().union(*(result["ever_active"] for result in results))
     before, after = tensors(source), tensors(tmp_path / "hf")
     moved = {name for name in after if not torch.equal(before[name].float(), after[name])}
-    assert 0 < len(ever_active - set(ALWAYS_ACTIVE)) < 4
+    assert 0 < len(ever_active - {"embedding", "final_norm", "head"}) < 4
     for name in after:
         block = name.split(".")[2] if name.startswith("model.layers.") else None
         trained = block is None or f"layers.{block}" in ever_active

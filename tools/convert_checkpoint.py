@@ -80,7 +80,7 @@ def export_checkpoint(args: argparse.Namespace) -> int:
     state = read_state(args.checkpoint, config, dataset_fingerprint=None)
     tokenizer = load_tokenizer(config.data.tokenizer)
     vocab_size = config.model.shape.vocab_size or tokenizer.vocab_size
-    models = MegatronModels(config, groups, device, vocab_size, initial_weights=False)
+    models = MegatronModels(config, groups, device, vocab_size, loads=False)
     if state["active_layers"]:  # an imported checkpoint is before the first draw
         models.redraw({Role(role): layers for role, layers in state["active_layers"].items()})
     load_models(args.checkpoint, state, models)

@@ -15,9 +15,10 @@ from torch.nn import Parameter
 from megatron_scalebio.active_layers import Role
 from megatron_scalebio.config import Config
 from megatron_scalebio.kernels.adamw import adamw_update
+from megatron_scalebio.kernels.moments import Moment
 from megatron_scalebio.kernels.sum_of_squares import sum_of_squares
 from megatron_scalebio.mcore.process_groups import ProcessGroups
-from megatron_scalebio.mcore.weight_store import Block, Region, WeightStore
+from megatron_scalebio.mcore.weight_store import Block, Region, WeightStore, data_parallel_shard, gather_weights
 
 TIED_BLOCKS = ("embedding", "head")
 
@@ -30,8 +31,8 @@ class ActiveBlock:
     shard: slice
     gradient: Tensor  # [numel] master dtype
     master: Tensor  # [numel / DP]
-    exp_avg: Tensor  # [numel / DP]
-    exp_avg_sq: Tensor  # [numel / DP]
+    exp_avg: Moment  # of numel / DP parameters
+    exp_avg_sq: Moment
     num_updates: int = 0  # Adam's bias correction counts each block's own
 
     def local_regions(self) -> list[tuple[Region, slice]]:
@@ -40,12 +41,15 @@ class ActiveBlock:
         bounds = [(region, max(region.start, low), min(region.stop, high)) for region in self.block.regions]
         return [(region, slice(start - low, stop - low)) for region, start, stop in bounds if start < stop]
 
+    @property
+    def has_own_master(self) -> bool:
+        """Whether the master is more than the weights themselves."""
+        return self.master.dtype != self.block.weights.dtype
+
     def num_bytes(self) -> int:
         """Bytes of gradient, moments and, where it is not the weights themselves, master."""
-        tensors = [self.gradient, self.exp_avg, self.exp_avg_sq]
-        if self.master.dtype != self.block.weights.dtype:
-            tensors.append(self.master)
-        return sum(tensor.nbytes for tensor in tensors)
+        parts = [self.gradient, self.exp_avg, self.exp_avg_sq, *([self.master] if self.has_own_master else [])]
+        return sum(part.nbytes for part in parts)
 
 
 class ActiveSet:
@@ -57,8 +61,6 @@ class ActiveSet:
         self.blocks: dict[str, ActiveBlock] = {}
         self.norm: Tensor | None = None  # of the gradient at hand, before the clip
         self._hooks: dict[str, list] = {}
-        for name in store.blocks[role]:
-            store.freeze(role, name)
 
     def redraw(self, names: list[str]) -> None:
         """Make exactly the named blocks active, of those that this stage holds."""
@@ -96,8 +98,7 @@ class ActiveSet:
         return self.norm
 
     def _gradient_norm(self) -> Tensor:
-        device = next(iter(self.store.blocks[self.role].values())).weights.device
-        total = torch.zeros((), dtype=torch.float64, device=device)
+        total = torch.zeros((), dtype=torch.float64, device=self.store.device)
         for active in self.blocks.values():
             gradient = active.gradient[active.shard]
             for region, local in active.local_regions():
@@ -118,7 +119,7 @@ class ActiveSet:
         active.num_updates += 1
         weights, gradient = active.block.weights[active.shard], active.gradient[active.shard]
         adamw_update(
-            active.master if active.master.dtype == weights.dtype else weights,
+            weights if active.has_own_master else active.master,
             active.master,
             gradient,
             active.exp_avg,
@@ -130,19 +131,20 @@ class ActiveSet:
             eps=self.optimizer.eps,
             weight_decay=self.optimizer.weight_decay,
             gradient_scale=scale.to(gradient.dtype),
+            first_index=active.shard.start,
         )
-        gather_weights(active.block, self.groups)
+        gather_weights(active.block.weights, active.shard, self.groups)
 
     def _thaw(self, name: str) -> None:
-        numel = self.store.blocks[self.role][name].numel
-        shard = data_parallel_shard(numel, self.groups)
-        weights = self.store.blocks[self.role][name].weights
-        master_dtype = torch.float64 if weights.dtype == torch.float64 else torch.float32
-        block, master = self.store.thaw(self.role, name, master_dtype, shard)
-        gradient = torch.zeros(numel, dtype=master_dtype, device=weights.device)
-        self.blocks[name] = ActiveBlock(
-            block, shard, gradient, master, torch.zeros_like(master), torch.zeros_like(master)
-        )
+        dtype = self.store.blocks[self.role][name].parameters[0].tensor.dtype
+        master_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        block, master = self.store.thaw(self.role, name, master_dtype)
+        gradient = torch.zeros(block.numel, dtype=master_dtype, device=master.device)
+        moments = [
+            Moment.zeros(len(master), self.optimizer.moments, master_dtype, master.device) for _ in ("first", "second")
+        ]
+        shard = data_parallel_shard(block.numel, self.groups)
+        self.blocks[name] = ActiveBlock(block, shard, gradient, master, *moments)
         views = block.views(gradient)
         for parameter, view in zip(block.parameters, views, strict=True):
             parameter.tensor.main_grad = view
@@ -159,19 +161,6 @@ class ActiveSet:
             del parameter.tensor.main_grad
             parameter.tensor.grad = None
         self.store.freeze(self.role, name, active.master)
-
-
-def data_parallel_shard(numel: int, groups: ProcessGroups) -> slice:
-    """This rank's range of a flat block of `numel` numbers, a multiple of the data-parallel size."""
-    length = numel // groups.data.size()
-    return slice(groups.data.rank() * length, (groups.data.rank() + 1) * length)
-
-
-def gather_weights(block: Block, groups: ProcessGroups) -> None:
-    """Make a block's weights whole again where each data-parallel rank has changed its own shard."""
-    if groups.data.size() > 1:
-        mine = block.weights[data_parallel_shard(block.numel, groups)].clone()
-        dist.all_gather_into_tensor(block.weights, mine, group=groups.data)
 
 
 def _accumulate_in_master_dtype(parameter: Parameter) -> None:

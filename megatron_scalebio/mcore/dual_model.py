@@ -54,6 +54,14 @@ class DualModel(torch.nn.Module):
         self.config, self.model_type = upper.config, upper.model_type
         self.groups, self.vocab_size, self.device, self.te = groups, vocab_size, device, te
         self._input_tensor = None
+        # Whether a stage before this one holds anything of the model that trains.
+        self._trains_below = dict.fromkeys(models, not groups.is_first_stage)
+
+    def redraw(self, role: Role, active_layers: list[int], embedding: bool) -> None:
+        """Tell which decoder layers of a whole model train, counted from 0, and whether its embedding does."""
+        first_layer = self.models[role.value].decoder.layers[0].layer_number - 1
+        lowest = 0 if embedding else min(active_layers)
+        self._trains_below[role] = lowest < first_layer
 
     def set_input_tensor(self, input_tensor: list[Tensor]) -> None:
         self._input_tensor = input_tensor
@@ -62,7 +70,7 @@ class DualModel(torch.nn.Module):
         """Hidden states [T, 1, H] for the next stage ([T / TP, 1, H] under sequence parallelism); on the last stage
         the loss and the raw token losses [N]."""
         model, micro_batch = self.models[task.role.value], task.micro_batch
-        model.set_input_tensor(self._input_tensor)
+        model.set_input_tensor(self._stage_input(task.role))
         attention, window = self.config.core_attention, self.config.sliding_window
         return model(
             input_ids=micro_batch.tokens.unsqueeze(0),
@@ -72,6 +80,18 @@ class DualModel(torch.nn.Module):
             output_processor=self._loss if self.groups.is_last_stage else None,
             output_processor_context=task,
         )
+
+    def _stage_input(self, role: Role) -> list[Tensor | None]:
+        """What the stage before has sent; Megatron-Core marks it as needing a gradient, whatever trains there.
+
+        Without a gradient the layers up to the lowest active one compute none. The schedule still has to send one
+        down: zeros, which no stage below uses.
+        """
+        (received,) = self._input_tensor
+        if received is None or self._trains_below[role] or not torch.is_grad_enabled():
+            return [received]
+        received.grad = torch.zeros_like(received)
+        return [received.detach()]
 
     def _loss(self, *, hidden_states, output_layer, output_weight, context: Task, **_) -> tuple[Tensor, Tensor]:
         """GPTModel's output hook: hidden states and head weight to the weighted loss, only where a token counts."""

@@ -95,12 +95,12 @@ def _full_tensors(models: MegatronModels) -> Iterator[tuple[str, Tensor]]:
 
 
 def _exact_weights(models: MegatronModels, name: str) -> Tensor:
-    """A block of the upper model, flat: its masters where it has any, gathered over data parallelism."""
-    block = models.store.blocks[Role.UPPER][name]
-    active = models.active_sets[Role.UPPER].blocks.get(name)
-    master = models.store.masters.get((Role.UPPER, name)) if active is None else active.master
-    if master is None or master.dtype == block.weights.dtype:
+    """A block of the upper model, flat: as exact as it is kept, gathered over data parallelism."""
+    block, exact = models.store.blocks[Role.UPPER][name], models.exact(Role.UPPER, name)
+    if exact is None:  # in FP8, and never active
+        return models.store.initial_weights(block)
+    if block.weights is not None and exact.dtype == block.weights.dtype:
         return block.weights
-    flat = torch.empty(block.numel, dtype=master.dtype, device=block.weights.device)
-    dist.all_gather_into_tensor(flat, master.to(flat.device), group=models.groups.data)
+    flat = torch.empty(block.numel, dtype=exact.dtype, device=models.device)
+    dist.all_gather_into_tensor(flat, exact.to(flat.device), group=models.groups.data)
     return flat

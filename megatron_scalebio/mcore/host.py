@@ -1,7 +1,9 @@
 """The two models on Megatron-Core, behind the protocol that a bilevel step needs (`bilevel.Models`)."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -16,14 +18,12 @@ from megatron_scalebio.device import read_back
 from megatron_scalebio.hf import Checkpoint
 from megatron_scalebio.hf.mapping import read_shard
 from megatron_scalebio.losses import TokenCoefs
-from megatron_scalebio.mcore.active_set import ActiveSet, data_parallel_shard, gather_weights
+from megatron_scalebio.mcore.active_set import ActiveSet
 from megatron_scalebio.mcore.dual_model import DualModel, run_flush
 from megatron_scalebio.mcore.model import build_model
-from megatron_scalebio.mcore.parameters import layer_block, load_weights, named_parameters, random_weights
+from megatron_scalebio.mcore.parameters import NamedParameter, layer_block, named_parameters, random_shard
 from megatron_scalebio.mcore.process_groups import ProcessGroups
-from megatron_scalebio.mcore.weight_store import WeightStore, make_blocks
-
-ALWAYS_ACTIVE = ["embedding", "final_norm", "head"]
+from megatron_scalebio.mcore.weight_store import WeightStore, data_parallel_shard, gather_weights, make_blocks
 
 
 class MegatronModels:
@@ -31,7 +31,9 @@ class MegatronModels:
 
     Args:
         vocab_size: the model's vocabulary, before padding.
-        initial_weights: load them: from `model.hf_path`, or random ones. Without, a checkpoint must be loaded.
+        initial_weights: this rank's shard of a parameter before training; by default from `model.hf_path`, else random.
+        loads: begin at the initial weights. Without, a checkpoint must be loaded; what it leaves out, blocks in FP8
+            that never trained, begins there all the same.
     """
 
     def __init__(
@@ -40,40 +42,35 @@ class MegatronModels:
         groups: ProcessGroups,
         device: torch.device,
         vocab_size: int,
-        initial_weights: bool = True,
+        initial_weights: Callable[[NamedParameter], Tensor] | None = None,
+        loads: bool = True,
     ):
         self.config, self.groups, self.device = config, groups, device
         self.shape = replace(config.model.shape, vocab_size=vocab_size)
         roles = list(Role) if config.bilevel.mode == "bilevel" else [Role.UPPER]
-        models, blocks = {}, {}
-        for role in roles:  # one after the other: the second needs no memory of its own once it shares the first's
-            models[role] = build_model(config, groups, device, vocab_size)
-            parameters = named_parameters(models[role], groups)
-            blocks[role] = make_blocks(parameters, groups.data.size(), like=blocks.get(roles[0]))
-        self.store = WeightStore(blocks)
+        models = {role: build_model(config, groups, device, vocab_size) for role in roles}
+        blocks = {role: make_blocks(named_parameters(models[role], groups), groups.data.size()) for role in roles}
+        quantizes = config.precision.frozen_weights == "fp8"
+        initial = initial_weights or self._initial_weights()
+        self.store = WeightStore(blocks, groups, device, initial if loads or quantizes else None, quantizes)
         self.dtype = models[Role.UPPER].config.params_dtype
-        if initial_weights:
-            self._load_initial_weights()
         te = config.model.implementation == "te"
         self.chunk = DualModel(models, groups, vocab_size, device, te)
         self.active_sets = {role: ActiveSet(role, self.store, groups, config) for role in roles}
 
-    def _load_initial_weights(self) -> None:
-        """Both models' at once: they share their storage still."""
-        parameters = [parameter for block in self.store.blocks[Role.UPPER].values() for parameter in block.parameters]
-        model, groups = self.config.model, self.groups
+    def _initial_weights(self) -> Callable[[NamedParameter], Tensor]:
+        model, place = self.config.model, (self.groups.tensor_rank, self.groups.tensor.size())
         if model.hf_path is None:
-            load_weights(parameters, random_weights(model.shape, self.config.run.seed, self.dtype), groups)
-            return
+            return partial(random_shard, model.shape, self.config.run.seed, *place)
         checkpoint = Checkpoint(model.hf_path)
-        for parameter in parameters:
-            place = groups.tensor_rank, groups.tensor.size()
-            parameter.tensor.data.copy_(read_shard(checkpoint, model.family, self.shape, parameter.name, *place))
+        return lambda parameter: read_shard(checkpoint, model.family, self.shape, parameter.name, *place)
 
     def redraw(self, active_layers: dict[Role, list[int]]) -> None:
         """Make the given decoder layers active, and what always trains; freeze the rest."""
+        always = self.config.lisa.always_active
         for role, active_set in self.active_sets.items():
-            active_set.redraw(ALWAYS_ACTIVE + [layer_block(layer) for layer in active_layers[role]])
+            active_set.redraw(always + [layer_block(layer) for layer in active_layers[role]])
+            self.chunk.redraw(role, active_layers[role], embedding="embedding" in always)
 
     def forward_backward(self, passes: list[Pass], fingerprint: int) -> list[Tensor]:
         """See `bilevel.Models`. One flush carries all passes; `parallel.fused_pipeline=false` runs one flush each."""
@@ -133,24 +130,32 @@ class MegatronModels:
             },
         }
 
+    def exact(self, role: Role, name: str) -> Tensor | None:
+        """This rank's data-parallel shard of a block, exact; None for one in FP8 that has never been active."""
+        active, block = self.active_sets[role].blocks.get(name), self.store.blocks[role][name]
+        if active is not None:
+            return active.master
+        if (role, name) in self.store.masters:
+            return self.store.masters[role, name]
+        return None if block.weights is None else block.weights[data_parallel_shard(block.numel, self.groups)]
+
     def sharded_tensors(self) -> dict[str, ShardedTensor]:
-        """This rank's tensors for a checkpoint, by key: every flat block cut over data parallelism."""
+        """This rank's tensors for a checkpoint, by key: every block's exact weights, cut over data parallelism.
+
+        Blocks in FP8 that have never been active are left out: they are read from where they came from.
+        """
         tensors = {}
         for role, blocks in self.store.blocks.items():
-            for name, block in blocks.items():
-                shared = self.store.is_shared(name)
-                if shared and role is Role.UPPER:
+            for name in blocks:
+                shared, exact = self.store.is_shared(name), self.exact(role, name)
+                if exact is None or (shared and role is Role.UPPER):
                     continue
                 key = f"{'shared' if shared else role.value}/{name}"
-                active = self.active_sets[role].blocks.get(name)
-                shard = data_parallel_shard(block.numel, self.groups)
-                tensors[f"{key}/weights"] = block.weights[shard]
-                if active is not None:
-                    rounded = active.master.dtype != block.weights.dtype  # else the master is the weights
-                    parts = ("master", "exp_avg", "exp_avg_sq") if rounded else ("exp_avg", "exp_avg_sq")
-                    tensors |= {f"{key}/{part}": getattr(active, part) for part in parts}
-                elif (role, name) in self.store.masters:
-                    tensors[f"{key}/master"] = self.store.masters[role, name]
+                tensors[f"{key}/weights"] = exact
+                if (active := self.active_sets[role].blocks.get(name)) is not None:
+                    moments = {"exp_avg": active.exp_avg, "exp_avg_sq": active.exp_avg_sq}
+                    for moment, parts in moments.items():
+                        tensors |= {f"{key}/{moment}/{part}": tensor for part, tensor in parts.tensors().items()}
         cut = (0, self.groups.data.rank(), self.groups.data.size())
         return {
             key: ShardedTensor.from_rank_offsets(f"{key}/tensor_rank_{self.groups.tensor_rank}", tensor, cut)
@@ -161,22 +166,26 @@ class MegatronModels:
         """Bring blocks and optimizer state into the shape that a checkpoint's `state` describes."""
         for role, blocks in self.store.blocks.items():
             for name, block in blocks.items():
-                if name not in state["shared"] and self.store.is_shared(name):
-                    block.hold(block.weights.clone())
+                if name not in state["shared"]:
+                    self.store.own(role, name)
                 if [role.value, name] in state["host_masters"]:
-                    shard = data_parallel_shard(block.numel, self.groups)
-                    self.store.masters[role, name] = block.weights[shard].to(torch.float32).cpu()
+                    length = block.numel // self.groups.data.size()
+                    self.store.masters.put((role, name), torch.zeros(length, device=self.device))
             for name, active in self.active_sets[role].blocks.items():
                 active.num_updates = state["num_updates"][role.value][name]
 
     def load_tensors(self, loaded: dict[str, Tensor]) -> None:
-        """Copy a checkpoint's tensors in, then gather each block's weights over data parallelism."""
+        """Copy a checkpoint's tensors in, then make each block what its exact weights say."""
         for key, target in self.sharded_tensors().items():
             target.data.copy_(loaded[key])
         for role, blocks in self.store.blocks.items():
             for name, block in blocks.items():
-                if not (role is Role.UPPER and self.store.is_shared(name)):
-                    gather_weights(block, self.groups)
+                if (role, name) in self.store.masters:
+                    self.store.restore(role, name)
+                elif block.weights is not None and not (role is Role.UPPER and self.store.is_shared(name)):
+                    shard = data_parallel_shard(block.numel, self.groups)
+                    block.weights[shard] = self.exact(role, name)
+                    gather_weights(block.weights, shard, self.groups)
 
     def _run(self, passes: list[Pass], forward_only: bool) -> list[Tensor]:
         if self.config.parallel.fused_pipeline:
@@ -202,7 +211,7 @@ class MegatronModels:
                 f"(fingerprint {fingerprint} here); the run stops before any update"
             )
         losses = list(torch.tensor(values, dtype=torch.float64).split([len(part) for part in sums]))
-        if not torch.isfinite(torch.tensor(values)).all():
+        if not all(map(math.isfinite, values)):
             raise NonFinite(self._first_rank_with_non_finite([local]), passes, losses)
         return losses
 

@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 
 from megatron_scalebio.mcore.attention import CoreAttention
+from megatron_scalebio.mcore.frozen_linear import ColumnLinear, RowLinear
+from megatron_scalebio.mcore.recompute import LAYERS, LastLinear
 
 
 @dataclass
@@ -33,6 +34,8 @@ class DecoderConfig(TransformerConfig):
     attention_softcap: float | None = None
     final_softcap: float | None = None
     post_norms: bool = False
+    recompute: str = "none"  # a key of recompute.LAYERS
+    active_fp8_recipe: str | None = None  # of the linears that train; None: no FP8
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -54,7 +57,7 @@ class RMSNorm(torch.nn.RMSNorm):
         return F.rms_norm(x.to(wide), self.normalized_shape, 1.0 + self.weight.to(wide), self.eps).to(x.dtype)
 
 
-class PostNormLinear(RowParallelLinear):
+class PostNormLinear(RowLinear):
     """A projection into the residual stream whose output, summed over the ranks, is normed before it is added."""
 
     def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **keywords):
@@ -97,15 +100,17 @@ class ExactRotaryEmbedding(RotaryEmbedding):
 
 
 def native_block_spec(config: DecoderConfig) -> TransformerBlockSubmodules:
-    """This stage's decoder layers from Megatron-Core's local tensor-parallel linears and the modules above."""
+    """This stage's decoder layers from tensor-parallel linears and the modules above."""
     layer: ModuleSpec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer.module = LAYERS[config.recompute]
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = partial(
         config.core_attention, row_length=config.row_length, softcap=config.attention_softcap
     )
-    if config.post_norms:
-        attention.linear_proj = PostNormLinear
-        layer.submodules.mlp.keywords["submodules"].linear_fc2 = PostNormLinear
+    row, last = (PostNormLinear, PostNormLinear) if config.post_norms else (RowLinear, LastLinear)
+    attention.linear_qkv, attention.linear_proj = ColumnLinear, row
+    mlp = layer.submodules.mlp.keywords["submodules"]
+    mlp.linear_fc1, mlp.linear_fc2 = ColumnLinear, last
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)

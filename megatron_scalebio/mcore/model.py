@@ -1,28 +1,31 @@
 """Megatron-Core's GPTModel in the family and shape of `model`, this rank's stage and tensor-parallel shard of it."""
 
+import importlib.util
 import logging
 import math
+from contextlib import nullcontext
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from torch.overrides import TorchFunctionMode
 
-from megatron_scalebio.config import Config, padded_vocab_size
+from megatron_scalebio.config import Config, ShapeConfig, padded_vocab_size
 from megatron_scalebio.families import FAMILIES
 from megatron_scalebio.mcore.attention import choose_attention
 from megatron_scalebio.mcore.layers import DecoderConfig, ExactRotaryEmbedding, native_block_spec, rotary_frequencies
 from megatron_scalebio.mcore.process_groups import ProcessGroups
 
-COMPUTE_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+COMPUTE_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
 def decoder_config(config: Config, device: torch.device) -> DecoderConfig:
     """The decoder layers' settings: RMSNorm, gated MLP, grouped queries, no dropout, and what the family adds."""
     shape, parallel, family = config.model.shape, config.parallel, FAMILIES[config.model.family]
-    dtype = COMPUTE_DTYPES[config.precision.compute]
+    precision, dtype = config.precision, COMPUTE_DTYPES[config.precision.compute]
     scalar, window = shape.query_pre_attn_scalar, shape.sliding_window
     return DecoderConfig(
         num_layers=shape.num_layers,
@@ -45,15 +48,17 @@ def decoder_config(config: Config, device: torch.device) -> DecoderConfig:
         hidden_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        pipeline_model_parallel_layout=_pipeline_layout(config),
         sequence_parallel=parallel.sequence,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         perform_initialization=False,  # initial weights come by global name, equal under every layout
+        init_model_with_meta_device=True,  # tied embeddings on two stages are not compared when they are built
         calculate_per_token_loss=True,  # the schedule then leaves the loss as it is, instead of averaging micro-batches
         deallocate_pipeline_outputs=True,
         batch_p2p_sync=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=_adds_weight_gradients_in_place(device),
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -65,11 +70,28 @@ def decoder_config(config: Config, device: torch.device) -> DecoderConfig:
         attention_softcap=shape.attention_softcap,
         final_softcap=shape.final_softcap,
         post_norms=family.post_norms,
+        recompute=parallel.recompute,
+        active_fp8_recipe=precision.fp8_recipe if precision.compute == "fp8" else None,
     )
 
 
+def _adds_weight_gradients_in_place(device: torch.device) -> bool:
+    """Whether Apex's kernel is there, which adds a product to the fp32 `main_grad` and makes no bf16 gradient."""
+    return device.type == "cuda" and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+def _pipeline_layout(config: Config) -> list[list[str]] | None:
+    """What each stage holds, in Megatron-Core's words; None: equal numbers of layers."""
+    if config.parallel.layers_per_stage is None:
+        return None
+    stages = [["decoder"] * num_layers for num_layers in config.parallel.layers_per_stage]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return stages
+
+
 def build_model(config: Config, groups: ProcessGroups, device: torch.device, vocab_size: int) -> GPTModel:
-    """This rank's part of one model. Its weights are uninitialised memory until they are loaded by global name.
+    """This rank's part of one model. Its parameters are one number each until the weight store gives them memory.
 
     Args:
         vocab_size: entries that count; the embedding and the head are padded to `padded_vocab_size` of it.
@@ -77,9 +99,23 @@ def build_model(config: Config, groups: ProcessGroups, device: torch.device, voc
     shape, core = config.model.shape, decoder_config(config, device)
     use_te = config.model.implementation == "te"
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)  # "GPTModel is deprecated", twice
-    model = GPTModel(
+    # Transformer Engine's modules fill in what they allocate.
+    with nullcontext() if use_te else _WithoutMemory():
+        model = _gpt_model(core, groups, shape, vocab_size, use_te)
+    frequencies = rotary_frequencies(core.kv_channels, shape.rope_base, shape.rope_scaling).to(device)
+    if use_te:  # its packed format restarts positions at every example and wants fp32 angles
+        model.rotary_pos_emb.inv_freq = frequencies.float()
+    else:
+        model.rotary_pos_emb = ExactRotaryEmbedding(frequencies)
+    if FAMILIES[config.model.family].scaled_embedding and groups.is_first_stage:
+        _scale_embedding(model, math.sqrt(shape.hidden_size))
+    return model.to(device) if use_te else model  # the native modules are on the current device
+
+
+def _gpt_model(core: DecoderConfig, groups: ProcessGroups, shape: ShapeConfig, vocab_size: int, te: bool) -> GPTModel:
+    return GPTModel(
         config=core,
-        transformer_layer_spec=get_gpt_layer_with_transformer_engine_spec() if use_te else native_block_spec(core),
+        transformer_layer_spec=get_gpt_layer_with_transformer_engine_spec() if te else native_block_spec(core),
         vocab_size=padded_vocab_size(vocab_size),
         max_sequence_length=core.row_length,
         pre_process=groups.is_first_stage,
@@ -90,14 +126,16 @@ def build_model(config: Config, groups: ProcessGroups, device: torch.device, voc
         parallel_output=True,
         pg_collection=groups.collection,
     )
-    frequencies = rotary_frequencies(core.kv_channels, shape.rope_base, shape.rope_scaling).to(device)
-    if use_te:  # its packed format restarts positions at every example and wants fp32 angles
-        model.rotary_pos_emb.inv_freq = frequencies.float()
-    else:
-        model.rotary_pos_emb = ExactRotaryEmbedding(frequencies)
-    if FAMILIES[config.model.family].scaled_embedding and groups.is_first_stage:
-        _scale_embedding(model, math.sqrt(shape.hidden_size))
-    return model.to(device)
+
+
+class _WithoutMemory(TorchFunctionMode):
+    """What `torch.empty` makes has its shape, and the memory of one number."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is not torch.empty:
+            return function(*args, **(kwargs or {}))
+        size = args[0] if len(args) == 1 and not isinstance(args[0], int) else args
+        return torch.empty((), **kwargs).expand(size)
 
 
 def _scale_embedding(model: GPTModel, factor: float) -> None:

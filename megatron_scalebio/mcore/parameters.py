@@ -6,7 +6,6 @@ LISA freezes and thaws as one: `layers.7`, or one of the three that always train
 
 import math
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -95,31 +94,24 @@ def shard(parameter: NamedParameter, full: Tensor, tensor_rank: int, tensor_size
     return torch.cat([part.chunk(tensor_size, parameter.shard_dim)[tensor_rank] for part in parts])
 
 
-def load_weights(parameters: list[NamedParameter], source: Callable[[NamedParameter], Tensor], groups: ProcessGroups):
-    """Fill this rank's parameters from full tensors, one at a time."""
-    with torch.no_grad():
-        for parameter in parameters:
-            full = source(parameter)
-            parameter.tensor.copy_(shard(parameter, full, groups.tensor_rank, groups.tensor.size()))
+def random_shard(
+    shape: ShapeConfig, seed: int, tensor_rank: int, tensor_size: int, parameter: NamedParameter
+) -> Tensor:
+    """A tensor-parallel rank's shard of a parameter's initial weights, as Megatron's: normal with deviation 0.02,
+    projections into the residual stream scaled by 1 / sqrt(2 * num_layers), norms neutral, biases 0.
 
-
-def random_weights(shape: ShapeConfig, seed: int, dtype: torch.dtype) -> Callable[[NamedParameter], Tensor]:
-    """Initial weights as Megatron's: normal with deviation 0.02, projections into the residual stream scaled by
-    1 / sqrt(2 * num_layers), norms neutral, biases 0. A function of (seed, name) alone; fp64 runs begin at fp32's
-    values.
+    The full tensor is a function of (seed, name) alone, in the parameter's dtype; fp64 runs begin at fp32's values.
     """
-    residual = 0.02 / math.sqrt(2 * shape.num_layers)
-
-    def full_tensor(parameter: NamedParameter) -> Tensor:
-        name = parameter.name
-        if name.endswith("norm.weight"):
-            return torch.full(parameter.shape, getattr(parameter.tensor, "neutral", 1.0), dtype=dtype)
-        if name.endswith(".bias"):
-            return torch.zeros(parameter.shape, dtype=dtype)
+    name, dtype = parameter.name, parameter.tensor.dtype
+    if name.endswith("norm.weight"):
+        full = torch.full(parameter.shape, getattr(parameter.tensor, "neutral", 1.0), dtype=dtype)
+    elif name.endswith(".bias"):
+        full = torch.zeros(parameter.shape, dtype=dtype)
+    else:
         if shape.tied_embeddings and name == "output_layer.weight":
             name = "embedding.word_embeddings.weight"
-        deviation = residual if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else 0.02
+        residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+        deviation = 0.02 / math.sqrt(2 * shape.num_layers) if residual else 0.02
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
-        return (torch.randn(parameter.shape, generator=generator) * deviation).to(dtype)
-
-    return full_tensor
+        full = (torch.randn(parameter.shape, generator=generator) * deviation).to(dtype)
+    return shard(parameter, full, tensor_rank, tensor_size)

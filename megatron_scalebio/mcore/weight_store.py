@@ -1,23 +1,33 @@
 """Where every weight of both models lives, block by block: shared-frozen, frozen or active.
 
-A block is one flat tensor in the compute dtype whose slices are its parameters. A block that has never been active is
-the same in both models and is stored once ("shared until thawed"): the first thaw gives the model that thaws it a
-copy of its own. Below fp32 a frozen block's exact master survives on the host, this rank's data-parallel shard of it:
-rounding it back would swallow updates smaller than the rounding.
+A block in the compute dtype is one flat tensor whose slices are its parameters. Under `precision.frozen_weights=fp8`
+the matrices of a frozen decoder layer exist in FP8 alone: thawing restores the flat tensor, freezing rounds it anew. A
+block that has never been active is the same in both models and is stored once ("shared until thawed"): the first thaw
+gives the model that thaws it a copy of its own.
+
+What rounds loses nothing: the exact master of a block that was active survives on the host while it is frozen, this
+rank's data-parallel shard of it, and is what thaws. Rounding back would swallow updates smaller than the rounding. A
+block in FP8 that has never been active has no master: it is read from where it came from.
 
 A flat tensor is padded, so that data-parallel ranks have shards of one size. Within it matrices come first, which are
 decayed, then vectors that are sharded over tensor parallelism, then replicated ones: the counting in global norms is by
 region.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_scalebio.active_layers import Role
 from megatron_scalebio.estimates import padded_block
+from megatron_scalebio.hf.mapping import LAYER_PREFIX
+from megatron_scalebio.kernels.fp8 import BLOCK, BlockScaled, quantize
+from megatron_scalebio.mcore.host_masters import HostMasters
 from megatron_scalebio.mcore.parameters import NamedParameter
+from megatron_scalebio.mcore.process_groups import ProcessGroups
 
 
 @dataclass(frozen=True)
@@ -30,9 +40,21 @@ class Region:
     duplicate: bool  # counted in global norms on another rank
 
 
+@dataclass(frozen=True)
+class QuantizedWeights:
+    """A frozen layer's weights: FP8 matrices, and vectors in the compute dtype."""
+
+    matrices: list[BlockScaled]  # in the order of the block's parameters, which matrices begin
+    vectors: Tensor  # the rest of the flat block
+
+    @property
+    def nbytes(self) -> int:
+        return self.vectors.nbytes + sum(matrix.data.nbytes + matrix.scale.nbytes for matrix in self.matrices)
+
+
 @dataclass
 class Block:
-    """The parameters of one model that freeze and thaw as one."""
+    """The parameters of one model that freeze and thaw as one. It holds either of `weights` and `quantized`."""
 
     name: str
     parameters: list[NamedParameter]
@@ -40,13 +62,39 @@ class Block:
     regions: list[Region]
     num_decayed: int  # weight decay: matrices only, which come first, never norms and biases
     numel: int  # of the flat tensor, padding included
-    weights: Tensor = field(repr=False, default=None)  # [numel], compute dtype
+    weights: Tensor | None = field(repr=False, default=None)  # [numel], compute dtype
+    quantized: QuantizedWeights | None = field(repr=False, default=None)
 
-    def hold(self, weights: Tensor) -> None:
-        """Make a flat tensor this block's storage."""
-        self.weights = weights
-        for parameter, view in zip(self.parameters, self.views(weights), strict=True):
-            parameter.tensor.data = view
+    @property
+    def is_layer(self) -> bool:
+        return self.parameters[0].name.startswith(LAYER_PREFIX)
+
+    @property
+    def stored(self) -> Tensor | QuantizedWeights:
+        """What holds the weights; one object for two blocks that share it."""
+        return self.weights if self.quantized is None else self.quantized
+
+    def hold(self, stored: Tensor | QuantizedWeights) -> None:
+        """Make a flat tensor, or what `quantize` made of one, this block's storage."""
+        quantized = isinstance(stored, QuantizedWeights)
+        self.weights, self.quantized = (None, stored) if quantized else (stored, None)
+        if not quantized:
+            for parameter, view in zip(self.parameters, self.views(stored), strict=True):
+                parameter.tensor.data, parameter.tensor.quantized = view, None
+            return
+        for parameter, offset in zip(self.parameters, self.offsets, strict=True):
+            tensor, start = parameter.tensor, offset - self.num_decayed
+            if start >= 0:
+                tensor.data = stored.vectors[start : start + tensor.numel()]
+            else:  # one number, not this one's to compute with
+                tensor.data = tensor.new_full((), torch.nan).expand(tensor.shape)
+        for parameter, matrix in zip(self.parameters, stored.matrices, strict=False):
+            parameter.tensor.quantized = matrix
+
+    def quantize(self) -> QuantizedWeights:
+        """What the flat tensor holds, in FP8: a function of its numbers alone, equal for equal weights."""
+        matrices = [quantize(view, BLOCK) for view in self.views(self.weights) if view.ndim == 2]
+        return QuantizedWeights(matrices, self.weights[self.num_decayed :].clone())
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """The slices of a flat tensor, in the parameters' shapes."""
@@ -56,25 +104,12 @@ class Block:
         ]
 
 
-def make_blocks(
-    parameters: list[NamedParameter], data_parallel_size: int, like: dict[str, Block] | None = None
-) -> dict[str, Block]:
-    """Cut a model's parameters into blocks, each stored in one flat tensor: zeros until weights are loaded.
-
-    Args:
-        like: the blocks of the other model, whose storage these share.
-    """
+def make_blocks(parameters: list[NamedParameter], data_parallel_size: int) -> dict[str, Block]:
+    """Cut a model's parameters into blocks, which hold nothing yet."""
     members: dict[str, list[NamedParameter]] = {}
     for parameter in parameters:
         members.setdefault(parameter.block, []).append(parameter)
-    blocks = {name: _make_block(name, group, data_parallel_size) for name, group in members.items()}
-    for name, block in blocks.items():
-        if like is not None:
-            block.hold(like[name].weights)
-        else:
-            first = block.parameters[0].tensor
-            block.hold(torch.zeros(block.numel, dtype=first.dtype, device=first.device))
-    return blocks
+    return {name: _make_block(name, group, data_parallel_size) for name, group in members.items()}
 
 
 def _make_block(name: str, parameters: list[NamedParameter], data_parallel_size: int) -> Block:
@@ -100,52 +135,120 @@ def _make_block(name: str, parameters: list[NamedParameter], data_parallel_size:
 
 
 class WeightStore:
-    """The blocks of the models of one rank, and the exact masters of frozen blocks that were once active."""
+    """The blocks of the models of one rank, and the exact masters of frozen blocks that were once active.
 
-    def __init__(self, blocks: dict[Role, dict[str, Block]]):
-        self.blocks = blocks
-        self.masters: dict[tuple[Role, str], Tensor] = {}  # host memory
+    Args:
+        blocks: of each model; they begin frozen, and share their storage.
+        initial: this rank's shard of a parameter before training, on any device; None: zeros, until a checkpoint's
+            weights are loaded.
+        quantizes: hold frozen decoder layers in FP8.
+    """
+
+    def __init__(
+        self,
+        blocks: dict[Role, dict[str, Block]],
+        groups: ProcessGroups,
+        device: torch.device,
+        initial: Callable[[NamedParameter], Tensor] | None,
+        quantizes: bool,
+    ):
+        self.blocks, self.groups, self.initial, self.quantizes = blocks, groups, initial, quantizes
+        self.device, self.masters = device, HostMasters(device)
+        for name, block in next(iter(blocks.values())).items():
+            block.hold(self.initial_weights(block))
+            if self._rounds_frozen(block):
+                block.hold(block.quantize())
+            for role in blocks:
+                blocks[role][name].hold(block.stored)
+                for parameter in blocks[role][name].parameters:
+                    parameter.tensor.requires_grad_(False)
+
+    def initial_weights(self, block: Block) -> Tensor:
+        """A block's flat tensor before training."""
+        flat = torch.zeros(block.numel, dtype=block.parameters[0].tensor.dtype, device=self.device)
+        if self.initial is not None:
+            for parameter, view in zip(block.parameters, block.views(flat), strict=True):
+                view.copy_(self.initial(parameter))
+        return flat
 
     def is_shared(self, name: str) -> bool:
         """Whether both models still hold one copy of a block."""
         if Role.LOWER not in self.blocks:
             return False
-        lower, upper = self.blocks[Role.LOWER][name], self.blocks[Role.UPPER][name]
-        return lower.weights.data_ptr() == upper.weights.data_ptr()
+        return self.blocks[Role.LOWER][name].stored is self.blocks[Role.UPPER][name].stored
 
-    def thaw(self, role: Role, name: str, master_dtype: torch.dtype, shard: slice) -> tuple[Block, Tensor]:
+    def thaw(self, role: Role, name: str, master_dtype: torch.dtype) -> tuple[Block, Tensor]:
         """Make a block trainable, in storage of its own.
 
-        Returns the block and this rank's master of `block.weights[shard]`, exact. Where the compute dtype is the
-        master's, the master is that slice itself.
+        Returns the block and this rank's master of its shard of the weights, exact. Where the compute dtype is the
+        master's, the master is that slice of the weights itself.
         """
-        block = self.blocks[role][name]
-        if self.is_shared(name):
+        block, master = self.blocks[role][name], self.masters.take((role, name))
+        if block.quantized is not None:
+            block.hold(self.initial_weights(block) if master is None else self._rounded(block, master))
+        elif self.is_shared(name):
             block.hold(block.weights.clone())
         for parameter in block.parameters:
             parameter.tensor.requires_grad_(True)
-        weights = block.weights[shard]
+        weights = block.weights[data_parallel_shard(block.numel, self.groups)]
         if weights.dtype == master_dtype:
             return block, weights
-        kept = self.masters.pop((role, name), None)
-        return block, weights.to(master_dtype) if kept is None else kept.to(weights.device)
+        return block, weights.to(master_dtype) if master is None else master
 
-    def freeze(self, role: Role, name: str, master: Tensor | None = None) -> None:
-        """Stop training a block; its master, if it was active and rounds in the compute dtype, moves to the host."""
+    def freeze(self, role: Role, name: str, master: Tensor) -> None:
+        """Stop training a block; its master moves to the host if what stays on the device is not it."""
         block = self.blocks[role][name]
         for parameter in block.parameters:
             parameter.tensor.requires_grad_(False)
-        if master is not None and master.dtype != block.weights.dtype:
-            self.masters[role, name] = master.cpu()
+        if self._rounds_frozen(block) or master.dtype != block.weights.dtype:
+            self.masters.put((role, name), master)
+        if self._rounds_frozen(block):
+            block.hold(block.quantize())
+
+    def own(self, role: Role, name: str) -> None:
+        """Give a block that is still shared storage of its own, which a checkpoint is about to fill."""
+        block = self.blocks[role][name]
+        if self.is_shared(name):  # FP8 is not written over, but replaced
+            block.hold(replace(block.quantized) if block.weights is None else block.weights.clone())
+
+    def restore(self, role: Role, name: str) -> None:
+        """Make a frozen block what its master on the host says."""
+        block = self.blocks[role][name]
+        block.hold(self._rounded(block, self.masters[role, name].to(self.device)))
+        if self._rounds_frozen(block):
+            block.hold(block.quantize())
+
+    def _rounds_frozen(self, block: Block) -> bool:
+        return self.quantizes and block.is_layer
+
+    def _rounded(self, block: Block, master: Tensor) -> Tensor:
+        """The flat tensor of the compute dtype that the ranks' shards of an exact master make."""
+        shard = data_parallel_shard(block.numel, self.groups)
+        flat = torch.empty(block.numel, dtype=block.parameters[0].tensor.dtype, device=self.device)
+        flat[shard] = master
+        gather_weights(flat, shard, self.groups)
+        return flat
 
     def num_bytes(self) -> dict[str, int]:
         """Bytes of weights by state (shared, own), and of the masters kept on the host."""
         shared = own = 0
         for role, blocks in self.blocks.items():
             for name, block in blocks.items():
-                size = block.weights.nbytes
+                size = block.stored.nbytes
                 if not self.is_shared(name):
                     own += size
                 elif role is Role.LOWER:
                     shared += size
-        return {"shared": shared, "own": own, "host_masters": sum(master.nbytes for master in self.masters.values())}
+        return {"shared": shared, "own": own, "host_masters": self.masters.nbytes}
+
+
+def data_parallel_shard(numel: int, groups: ProcessGroups) -> slice:
+    """This rank's range of a flat block of `numel` numbers, a multiple of the data-parallel size."""
+    length = numel // groups.data.size()
+    return slice(groups.data.rank() * length, (groups.data.rank() + 1) * length)
+
+
+def gather_weights(flat: Tensor, shard: slice, groups: ProcessGroups) -> None:
+    """Make a block's weights whole again where each data-parallel rank has changed its own shard."""
+    if groups.data.size() > 1:
+        dist.all_gather_into_tensor(flat, flat[shard].clone(), group=groups.data)

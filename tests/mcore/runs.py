@@ -20,7 +20,7 @@ from megatron_scalebio.data import Example, MicroBatch, StepBatch, build_micro_b
 from megatron_scalebio.data.packing import plan_microbatches
 from megatron_scalebio.device import CPU
 from megatron_scalebio.mcore.host import MegatronModels
-from megatron_scalebio.mcore.parameters import NamedParameter, load_weights
+from megatron_scalebio.mcore.parameters import NamedParameter, shard
 from megatron_scalebio.mcore.process_groups import ProcessGroups, start_process_groups
 from megatron_scalebio.mcore.weight_store import Block
 from megatron_scalebio.trainer import make_source_weights
@@ -45,13 +45,15 @@ SMALL_RUN = (
 @dataclass(frozen=True)
 class Case:
     """A few steps under changed settings. `sources_of_step` has the source of each training example, by step, and is
-    begun again when it ends; a source may be absent from a step."""
+    begun again when it ends; a source may be absent from a step. `draws` has the active layers of lower and upper by
+    step, likewise; without, they are drawn as in the product."""
 
     overrides: tuple[str, ...] = ()
     world_size: int = 1
     steps: int = 5
     sources_of_step: tuple[tuple[int, ...], ...] = SOURCES_OF_STEP
     num_sources: int = 3
+    draws: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
     interpret: bool = False  # run the Triton kernels, where the CPU takes their references
 
     @property
@@ -136,15 +138,13 @@ class RankRun:
     def __init__(self, case: Case):
         self.case, self.config = case, case.config
         self.groups = start_process_groups(self.config.parallel, CPU)
-        self.models = MegatronModels(self.config, self.groups, CPU, VOCAB_SIZE)
-        full = initial_weights(case)
+        full, place = initial_weights(case), (self.groups.tensor_rank, self.groups.tensor.size())
 
         def initial(parameter: NamedParameter) -> Tensor:
             tied_head = parameter.name == "output_layer.weight" and parameter.name not in full
-            return full["embedding.word_embeddings.weight" if tied_head else parameter.name]
+            return shard(parameter, full["embedding.word_embeddings.weight" if tied_head else parameter.name], *place)
 
-        for block in self.models.store.blocks[Role.UPPER].values():  # both models still share their storage
-            load_weights(block.parameters, initial, self.groups)
+        self.models = MegatronModels(self.config, self.groups, CPU, VOCAB_SIZE, initial)
         self.source_weights = make_source_weights(self.config, case.source_names)
         self.bilevel = Bilevel(self.config, self.source_weights)
         self.active_layers: dict[Role, list[int]] = {}
@@ -153,7 +153,10 @@ class RankRun:
     def redraw(self, step: int) -> None:
         lisa = self.config.lisa
         layers = self.config.model.shape.num_layers
-        self.active_layers = draw_active_layers(lisa, layers, self.config.run.seed, period_of(step, lisa))
+        if draws := self.case.draws:
+            self.active_layers = dict(zip(Role, map(list, draws[(step - 1) % len(draws)]), strict=True))
+        else:
+            self.active_layers = draw_active_layers(lisa, layers, self.config.run.seed, period_of(step, lisa))
         self.models.redraw(self.active_layers)
 
     def batch(self, step: int) -> StepBatch:
@@ -167,7 +170,18 @@ class RankRun:
         return result
 
     def weights(self, role: Role) -> Shards:
-        return self._shards({name: block.weights for name, block in self.blocks(role).items()}, role)
+        """What the blocks compute with; of a block in FP8 what it rounds."""
+        return self._shards({name: self._flat(role, name) for name in self.blocks(role)}, role)
+
+    def _flat(self, role: Role, name: str) -> Tensor:
+        block, exact = self.blocks(role)[name], self.models.exact(role, name)
+        if block.weights is not None:
+            return block.weights
+        if exact is None:
+            return self.models.store.initial_weights(block)
+        flat = torch.empty(block.numel, dtype=exact.dtype)
+        dist.all_gather_into_tensor(flat, exact, group=self.groups.data)
+        return flat
 
     def gradients(self, role: Role) -> Shards:
         """The active blocks' gradients after the reduction, before the clip."""
@@ -188,6 +202,27 @@ class RankRun:
                 self.blocks(role)[name].parameters, self.blocks(role)[name].views(tensor), strict=True
             )
         }
+
+
+def state_tensors(models: MegatronModels) -> dict[str, Tensor]:
+    """Copies of what a rank holds: both models' weights, masters and moments of what is active, masters on the host."""
+    tensors = {}
+    for role, active_set in models.active_sets.items():
+        for name, block in models.store.blocks[role].items():
+            if block.quantized is None:
+                tensors[f"{role}/{name}"] = block.weights.clone()
+                continue
+            tensors[f"{role}/{name}/vectors"] = block.quantized.vectors.clone()
+            for index, matrix in enumerate(block.quantized.matrices):
+                tensors[f"{role}/{name}/fp8 {index}"] = matrix.data.view(torch.uint8).clone()
+                tensors[f"{role}/{name}/scale {index}"] = matrix.scale.clone()
+        for name, active in active_set.blocks.items():
+            tensors[f"{role}/{name}/master"] = active.master.clone()
+            for moment, stored in {"exp_avg": active.exp_avg, "exp_avg_sq": active.exp_avg_sq}.items():
+                tensors |= {f"{role}/{name}/{moment}/{part}": x.clone() for part, x in stored.tensors().items()}
+    for role, name in models.store.masters:
+        tensors[f"{role}/{name}/frozen master"] = models.store.masters[role, name].clone()
+    return tensors
 
 
 @dataclass(frozen=True)
@@ -265,9 +300,9 @@ def join(places: list[Place], ranks: list[Shards]) -> Weights:
     for name in sorted({name for shards in ranks for name in shards}):
         holders = [(place, shards[name]) for place, shards in zip(places, ranks, strict=True) if name in shards]
         by_tensor_rank: dict[int, Tensor] = {}
-        for place, shard in holders:
-            kept = by_tensor_rank.setdefault(place.tensor, shard.tensor)
-            assert torch.equal(kept, shard.tensor), f"data-parallel ranks hold different copies of {name}"
+        for place, held in holders:
+            kept = by_tensor_rank.setdefault(place.tensor, held.tensor)
+            assert torch.equal(kept, held.tensor), f"data-parallel ranks hold different copies of {name}"
         parts = [by_tensor_rank[rank] for rank in sorted(by_tensor_rank)]
         shard_dim = holders[0][1].shard_dim
         if shard_dim is None:

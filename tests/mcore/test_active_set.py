@@ -7,8 +7,7 @@ import torch.distributed as dist
 from megatron_scalebio.active_layers import Role
 from megatron_scalebio.config import padded_vocab_size
 from megatron_scalebio.estimates import rank_bytes
-from megatron_scalebio.mcore.active_set import data_parallel_shard
-from megatron_scalebio.mcore.host import ALWAYS_ACTIVE
+from megatron_scalebio.mcore.weight_store import data_parallel_shard
 from tests.distributed import run_distributed
 from tests.mcore.runs import VOCAB_SIZE, Case, RankRun
 
@@ -60,7 +59,8 @@ def test_ranks_that_disagree_stop_before_any_update():
 
 def follow_draws(case: Case) -> list[str]:
     run = RankRun(case)
-    ever_active = {role: set(ALWAYS_ACTIVE) for role in Role}
+    always_active = case.config.lisa.always_active
+    ever_active = {role: set(always_active) for role in Role}
     initial = {role: {name: block.weights.clone() for name, block in run.blocks(role).items()} for role in Role}
     draws = []
     for step in range(1, case.steps + 1):
@@ -68,7 +68,7 @@ def follow_draws(case: Case) -> list[str]:
         before = {role: {name: block.weights.clone() for name, block in run.blocks(role).items()} for role in Role}
         run.take_step()
         draws.append(str(run.active_layers))
-        active = {role: {*ALWAYS_ACTIVE, *(f"layers.{i}" for i in run.active_layers[role])} for role in Role}
+        active = {role: {*always_active, *(f"layers.{i}" for i in run.active_layers[role])} for role in Role}
         for role in Role:
             ever_active[role] |= active[role]
             check_blocks(run, role, active[role], before[role])
@@ -167,8 +167,8 @@ def follow_masters(case: Case) -> None:
                 masters[role][name] = active.master.clone()
                 times_active[role][name] += 1
                 assert torch.equal(active.block.weights[active.shard].float(), active.master.bfloat16().float())
-            for (kept_role, name), kept in run.models.store.masters.items():
-                assert torch.equal(kept, masters[kept_role][name])
+            for kept_role, name in run.models.store.masters:
+                assert torch.equal(run.models.store.masters[kept_role, name], masters[kept_role][name])
     for role in Role:
         for name, block in run.blocks(role).items():
             if not name.startswith("layers."):

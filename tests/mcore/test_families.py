@@ -33,7 +33,7 @@ from megatron_scalebio.device import CPU
 from megatron_scalebio.losses import TokenCoefs
 from megatron_scalebio.mcore.host import MegatronModels
 from megatron_scalebio.mcore.model import build_model
-from megatron_scalebio.mcore.parameters import load_weights
+from megatron_scalebio.mcore.parameters import NamedParameter, shard
 from megatron_scalebio.mcore.process_groups import start_process_groups
 from tests.distributed import run_distributed
 from tests.mcore.runs import MAX_LENGTH, VOCAB_SIZE, Place, Shard, Shards, join, place_of, random_examples
@@ -237,12 +237,13 @@ def run_rank(overrides: tuple[str, ...], weights: Tensors, fault: str | None) ->
     """On every rank: (place, token losses [N] of the last stage, gradients)."""
     config = load_config(None, [*RUN, *overrides])
     groups = start_process_groups(config.parallel, CPU)
-    models = MegatronModels(config, groups, CPU, VOCAB_SIZE)
+    place = groups.tensor_rank, groups.tensor.size()
+
+    def initial(parameter: NamedParameter) -> Tensor:
+        return shard(parameter, weights.get(parameter.name, weights["embedding.word_embeddings.weight"]), *place)
+
+    models = MegatronModels(config, groups, CPU, VOCAB_SIZE, initial)
     blocks = models.store.blocks[Role.UPPER].values()
-    for block in blocks:
-        load_weights(
-            block.parameters, lambda p: weights.get(p.name, weights["embedding.word_embeddings.weight"]), groups
-        )
     FAULTS.get(fault, lambda model: None)(models.chunk.models["upper"])
     models.redraw({Role.UPPER: list(range(config.model.shape.num_layers))})
     data, lengths = config.data, [example.num_positions for example in examples()]
@@ -360,7 +361,7 @@ def run_rounded(weight: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     config = load_config(None, [*RUN, *OURS["gemma2"], "precision.compute=bf16"])
     model = build_model(config, start_process_groups(config.parallel, CPU), CPU, VOCAB_SIZE)
     norm, embedding = model.decoder.layers[0].self_attention.linear_proj.post_norm, model.embedding
-    norm.weight.data, embedding.word_embeddings.weight.data[:VOCAB_SIZE] = weight, table
+    norm.weight.data, embedding.word_embeddings.weight.data = weight, table
     return norm(table), embedding(torch.arange(VOCAB_SIZE).unsqueeze(0), None).squeeze(1)
 
 

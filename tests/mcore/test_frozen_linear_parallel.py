@@ -6,12 +6,15 @@ bit for bit, whatever the ranks add up when.
 Shapes: S sequence, B micro-batch, K input features, N output features, TP ranks.
 """
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron_scalebio.kernels.fp8 import BLOCK, dequantize, quantize
+from megatron_scalebio.kernels.frozen_linear import frozen_linear
 from torch import Tensor
 
 from megatron_scalebio.config import ParallelConfig
@@ -77,6 +80,7 @@ def compare(layer, frozen, group, sequence_parallel, x, grad, weight, bias) -> N
     """A rank's output, and gradients of its input and bias, with its inputs and the gradient of its output."""
     stored = quantize(weight, BLOCK)
     assert torch.equal(dequantize(stored, torch.float32), weight)
+    product = partial(frozen_linear, weight=stored)
     with torch.no_grad():
         layer.weight.copy_(weight)
         layer.bias.copy_(bias)
@@ -84,10 +88,10 @@ def compare(layer, frozen, group, sequence_parallel, x, grad, weight, bias) -> N
     expected, none = layer(theirs)
     expected.backward(grad.clone())
     our_bias = bias.clone().requires_grad_()
-    found = frozen(ours, stored, our_bias, group, sequence_parallel)
+    found = frozen(ours, product, our_bias, group, sequence_parallel)
     found.backward(grad.clone())
     assert none is None and torch.equal(found, expected)
     assert torch.equal(ours.grad, theirs.grad)
     assert torch.equal(our_bias.grad, layer.bias.grad.view_as(bias))
-    without = frozen(x, stored, None, group, sequence_parallel)
+    without = frozen(x, product, None, group, sequence_parallel)
     assert torch.equal(without + bias, expected)

@@ -11,7 +11,7 @@ from megatron_scalebio.active_layers import Role
 from megatron_scalebio.bilevel import NonFinite
 from megatron_scalebio.data import Example
 from tests.distributed import run_distributed
-from tests.mcore.runs import Case, RankRun
+from tests.mcore.runs import Case, RankRun, state_tensors
 
 # One example per row: in a packed row a masked-out NaN value still reaches its neighbours.
 PADDED = ("data.packing=false", "data.micro_batch_size=1")
@@ -38,13 +38,7 @@ def test_a_non_finite_loss_of_one_source_names_that_source_alone(layout):
 
 
 def snapshot(run: RankRun) -> dict[str, torch.Tensor]:
-    tensors = {"logits": run.source_weights.logits.clone()}
-    for role in Role:
-        tensors |= {f"{role}/{name}": block.weights.clone() for name, block in run.blocks(role).items()}
-        for name, active in run.models.active_sets[role].blocks.items():
-            for part in ("master", "exp_avg", "exp_avg_sq"):
-                tensors[f"{role}/{name}/{part}"] = getattr(active, part).clone()
-    return tensors
+    return {"logits": run.source_weights.logits.clone(), **state_tensors(run.models)}
 
 
 def check_unchanged(run: RankRun, before: dict[str, torch.Tensor]) -> None:

@@ -59,7 +59,10 @@ def take_reference_steps(case: Case, steps: list[Step], dtype: torch.dtype) -> t
     prior = PRIOR if config.bilevel.prior else None
     logits = START_LOGITS if config.bilevel.weights else [0.0] * case.num_sources
     bilevel, optimizer = config.bilevel, config.optimizer
-    run = ReferenceRun(initial_weights(case), config.model.shape, bilevel, optimizer, logits, prior, dtype)
+    run = ReferenceRun(
+        *(initial_weights(case), config.model.shape, bilevel, optimizer, logits, prior, dtype),
+        always_active=config.lisa.always_active,
+    )
     records = []
     for number, step in enumerate(steps, start=1):
         active = [step.active_layers[role] for role in Role]

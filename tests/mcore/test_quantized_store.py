@@ -1,0 +1,165 @@
+"""Frozen layers in FP8: one copy of one byte a number, exact masters, and equal numbers in equal models."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron_scalebio.kernels.fp8 import BLOCK, quantize
+
+from megatron_scalebio.active_layers import Role
+from megatron_scalebio.mcore.frozen_linear import ColumnLinear, RowLinear
+from megatron_scalebio.mcore.weight_store import data_parallel_shard
+from tests.distributed import run_distributed
+from tests.mcore.runs import Case, RankRun, run_case
+
+FP8 = ("precision.frozen_weights=fp8", "precision.compute=bf16")
+ONE_LAYER = ("lisa.num_active_layers=1", "lisa.period=1")
+# No update of this size reaches a weight of order 0.1 in bf16, whose neighbours are 5e-4 apart.
+VANISHING = ("optimizer.lr=1e-6", "optimizer.schedule=constant", "optimizer.warmup=0", "optimizer.weight_decay=0")
+LAYOUTS = {
+    "one rank": (1, ()),
+    "DP2": (2, ()),
+    "TP2 sequence": (2, ("parallel.tensor=2", "parallel.sequence=true")),
+    "TP2xPP2": (4, ("parallel.tensor=2", "parallel.pipeline=2")),
+    "fp32": (1, ("precision.compute=fp32",)),
+}
+
+
+def case_of(layout: str, *overrides: str, steps: int = 5) -> Case:
+    world_size, settings = LAYOUTS[layout]
+    return Case((*FP8, *ONE_LAYER, *settings, *overrides), world_size, steps=steps)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_frozen_layers_hold_fp8_alone_and_active_ones_the_exact_weights(layout):
+    run_distributed(LAYOUTS[layout][0], follow_storage, case_of(layout, "optimizer.lr=0.01"))
+
+
+def follow_storage(case: Case) -> None:
+    run = RankRun(case)
+    initial = {name: run.models.store.initial_weights(block) for name, block in run.blocks(Role.UPPER).items()}
+    ever_active: set[str] = set()
+    for _ in range(case.steps):
+        run.take_step()
+        for role in Role:
+            active = run.models.active_sets[role].blocks
+            ever_active |= {name for name in active if name.startswith("layers.")}
+            for name, block in run.blocks(role).items():
+                if name in active:
+                    rounded = active[name].master.to(block.weights.dtype)
+                    assert torch.equal(block.weights[active[name].shard], rounded)
+                check_block(run, role, block, frozen_in_fp8=block.is_layer and name not in active)
+        for name, lower in run.blocks(Role.LOWER).items():
+            if not lower.is_layer:
+                continue
+            upper = run.blocks(Role.UPPER)[name]
+            assert (lower.stored is upper.stored) == (name not in ever_active)
+            if name not in ever_active:
+                matrices = [quantize(view, BLOCK) for view in lower.views(initial[name]) if view.ndim == 2]
+                for kept, exact in zip(lower.quantized.matrices, matrices, strict=True):
+                    assert torch.equal(kept.data.view(torch.uint8), exact.data.view(torch.uint8))
+
+
+def check_block(run: RankRun, role: Role, block, frozen_in_fp8: bool) -> None:
+    """Bytes of a frozen layer: one per number of a matrix, four per 128 x 128 of them, vectors as they are."""
+    assert (block.weights is None) == frozen_in_fp8 == (block.quantized is not None)
+    if not frozen_in_fp8:
+        return
+    element = block.parameters[0].tensor.element_size()
+    expected = (block.numel - block.num_decayed) * element
+    for parameter in block.parameters:
+        if parameter.tensor.ndim == 2:
+            rows, columns = parameter.tensor.shape
+            expected += rows * columns + 4 * -(-rows // BLOCK) * -(-columns // BLOCK)
+            assert parameter.tensor.untyped_storage().nbytes() == element, "a shadow of the weight is kept"
+            assert parameter.tensor.isnan().all()
+    assert block.stored.nbytes == expected
+    if (role, block.name) in run.models.store.masters:
+        master = run.models.store.masters[role, block.name]
+        assert master.dtype == torch.float32 and master.numel() == block.numel // run.groups.data.size()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_linear_of_a_frozen_layer_computes_from_fp8(layout):
+    """Four linears a layer. What FP8 replaces is NaN: a linear that computed from it would show."""
+    counts = run_distributed(LAYOUTS[layout][0], count_linears, case_of(layout))
+    assert all(count == (4, 4 * (frozen)) for count, frozen in counts)
+
+
+def count_linears(case: Case) -> tuple[tuple[int, int], int]:
+    run = RankRun(case)
+    run.redraw(1)
+    model = run.models.chunk.models[Role.UPPER.value]
+    linears = [module for module in model.modules() if isinstance(module, ColumnLinear | RowLinear)]
+    quantized = sum(module.weight.quantized is not None for module in linears)
+    result = run.bilevel.step(run.models, 1, run.batch(1), run.active_layers)
+    assert all(torch.isfinite(losses).all() for losses in result.train_loss.values())
+    frozen = sum(block.is_layer for block in run.blocks(Role.UPPER).values()) - sum(
+        name.startswith("layers.") for name in run.models.active_sets[Role.UPPER].blocks
+    )
+    return (4 if len(linears) % 4 == 0 else 0, quantized), frozen
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_equal_models_have_bit_equal_losses_before_and_after_thawing_and_freezing(layout):
+    """The hypergradient starts at exactly zero, and stays there as long as the models are equal: with a learning rate
+    of zero they are, while layers thaw and freeze again."""
+    for step in run_case(case_of(layout, "optimizer.lr=0")):
+        lower, upper = (step.result.train_loss[role] for role in Role)
+        assert torch.equal(lower, upper)
+        assert step.result.penalty_gap == 0.0
+        assert torch.equal(step.result.hypergradient, torch.zeros_like(step.result.hypergradient))
+
+
+@pytest.mark.parametrize("layout", ["one rank", "DP2", "TP2xPP2"])
+def test_a_layer_thaws_with_its_exact_master_where_fp8_and_bf16_swallow_the_updates(layout):
+    run_distributed(LAYOUTS[layout][0], follow_masters, case_of(layout, *VANISHING, steps=9))
+
+
+def follow_masters(case: Case) -> None:
+    run = RankRun(case)
+    initial = {name: run.models.store.initial_weights(block) for name, block in run.blocks(Role.UPPER).items()}
+    masters: dict[tuple[Role, str], torch.Tensor] = {}
+    activations = dict.fromkeys(initial, 0)
+    for step in range(1, case.steps + 1):
+        run.redraw(step)
+        for role in Role:
+            for name, active in run.models.active_sets[role].blocks.items():
+                shard = data_parallel_shard(active.block.numel, run.groups)
+                before = masters.get((role, name), initial[name][shard].float())
+                assert torch.equal(active.master, before), f"{name} thawed from something rounded"
+        run.take_step()
+        for role in Role:
+            for name, active in run.models.active_sets[role].blocks.items():
+                masters[role, name] = active.master.clone()
+                activations[name] += role is Role.UPPER
+    for (role, name), master in masters.items():
+        assert torch.equal(run.models.exact(role, name), master)
+        if not name.startswith("layers.") or activations[name] < 2:
+            continue
+        block, shard = run.blocks(role)[name], data_parallel_shard(initial[name].numel(), run.groups)
+        assert (master - initial[name][shard].float()).abs().max() > 1.9e-6, "two updates of 1e-6 are not there"
+        if block.quantized is not None:
+            of_initial = [quantize(view, BLOCK) for view in block.views(initial[name]) if view.ndim == 2]
+            equal = [
+                (kept.data.float() == exact.data.float()).float().mean().item()
+                for kept, exact in zip(block.quantized.matrices, of_initial, strict=True)
+            ]
+            assert min(equal) > 0.99, "the updates do not vanish: the test shows nothing"
+    if dist.get_world_size() == 1:
+        assert max(activations[f"layers.{layer}"] for layer in range(4)) >= 2
+
+
+def test_fp8_changes_losses_a_little_and_gradients_point_the_same_way():
+    """Both factors of a product are off by up to 1/16, 4% rms of the two together, and so is a sum of products with
+    random signs, relative to its size. With three of four layers frozen a loss errs by less than twice that, and a
+    gradient, which goes through the layers both ways, by less than a quarter."""
+    coarse, fine = (
+        run_case(Case((frozen, "precision.compute=fp32", *ONE_LAYER, "optimizer.lr=0"), 1, steps=1))[0]
+        for frozen in ("precision.frozen_weights=fp8", "precision.frozen_weights=null")
+    )
+    for role in Role:
+        loss = fine.result.train_loss[role]
+        assert 0 < ((coarse.result.train_loss[role] - loss) / loss).abs().max() < 0.08
+        for name, gradient in fine.gradients[role].items():
+            error = coarse.gradients[role][name] - gradient
+            assert 0 < error.norm() / gradient.norm() < 0.25, name
