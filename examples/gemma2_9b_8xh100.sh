@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
 # Gemma-2-9B on one node of 8 GPUs. Arguments are settings, or --dry-run, which needs neither GPU nor weights.
 # MODEL: its Hugging Face folder. DATA_DIR: a folder with val.jsonl, test.jsonl and the sources of gemma2_9b_8xh100.yaml.
-source "$(dirname "${BASH_SOURCE[0]}")/node.sh" gemma2_9b 8 "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/node.sh" gemma2_9b_8xh100 8 "$@"

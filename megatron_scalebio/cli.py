@@ -1,6 +1,7 @@
-"""The command line: python -m megatron_scalebio train | launch.
+"""The command line: python -m megatron_scalebio train | launch | plan.
 
-Exit status: 0; 2 for a user's mistake, told in one message; 130 and 143 after SIGINT and SIGTERM; 1 otherwise.
+Exit status: 0; 2 for a user's mistake, told in one message; 130 and 143 after SIGINT and SIGTERM; 1 otherwise, and
+where a planned layout does not fit.
 Heavy imports happen inside the commands, so that --help answers at once.
 """
 
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megatron_scalebio.config import UserError
 
     try:
-        return _launch(args) if args.command == "launch" else _train(args)
+        return {"train": _train, "launch": _launch, "plan": _plan}[args.command](args)
     except UserError as error:
         _report_user_error(str(error))
         return EXIT_USER_ERROR
@@ -48,12 +49,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("megatron_scalebio", description="Learns source weights while it fine-tunes.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | launch")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | launch | plan")
     dry_run = {"action": "store_true", "help": "check everything, print the plan, train nothing"}
 
     train = commands.add_parser("train", help="train in this process, or as one rank of torchrun or Slurm")
     train.add_argument("--config", metavar="FILE", help="YAML file with the settings")
     train.add_argument("--dry-run", **dry_run)
+    train.add_argument(
+        "--gpu-memory", type=float, metavar="GIB", help="with --dry-run: of a GPU; default: this machine's, else 79.1"
+    )
     train.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that override the file's")
 
     launch = commands.add_parser("launch", help="check everything in one process, then start the ranks")
@@ -61,9 +65,28 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     launch.add_argument("--dry-run", **dry_run)
     launch.add_argument("train", nargs=argparse.REMAINDER, metavar="train ...", help="the train command to start")
 
-    # What train's parser leaves over are overrides that follow an option; load_config refuses what is not one.
+    plan = commands.add_parser(
+        "plan",
+        help="say whether the layout fits and what its step takes, search better ones; needs no GPU, weights or data",
+        description="Plans by arithmetic: memory by rank and part, FLOPs, bubble, communication and predicted step time"
+        " of the configuration's own layout, then the best layouts for the GPUs. Of model.hf_path only config.json is"
+        " read. Exit status: 0 if the configuration's own layout fits, 1 if it does not, 2 for a mistake.",
+    )
+    plan.add_argument("--config", metavar="FILE", help="YAML file with the settings")
+    plan.add_argument("--gpus", type=int, metavar="N", help="default: parallel.tensor * parallel.pipeline")
+    plan.add_argument(
+        "--gpu-memory",
+        type=float,
+        metavar="GIB",
+        default=79.1,
+        help="what torch sees of a GPU's memory: 79.1 (default) of an H100-80GB, 139.8 of an H200-141GB",
+    )
+    plan.add_argument("--json", metavar="FILE", help="write the plan there, too")
+    plan.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that override the file's")
+
+    # What these parsers leave over are overrides that follow an option; load_config refuses what is not one.
     args, surplus = parser.parse_known_args(argv)
-    if args.command == "train":
+    if args.command in ("train", "plan"):
         args.overrides += surplus
         return args
     if surplus or args.train[:1] != ["train"]:
@@ -100,6 +123,10 @@ def prepare(args: argparse.Namespace, world_size: int) -> "tuple[Config, Dataset
     from megatron_scalebio.device import check_device
 
     check_device(config.run.device, world_size if args.command == "launch" else 1)
+    if not args.dry_run:
+        from megatron_scalebio.mcore.te_linear import check_transformer_engine
+
+        check_transformer_engine(config.precision)
     from megatron_scalebio.data import load_dataset
 
     dataset = load_dataset(config)
@@ -113,11 +140,10 @@ def _train(args: argparse.Namespace) -> int:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     config, dataset = prepare(args, world_size)
     if args.dry_run:
-        if _is_main_rank():
-            _print_plan(config, dataset, world_size)
-        return 0
-    # Megatron-Core warns, once per rank, of every optional package that is not there and of its own deprecations.
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+        return _dry_run(args, config, dataset, world_size) if _is_main_rank() else 0
+    if LAUNCHER_PID not in os.environ and os.environ.get("LOCAL_RANK", "0") == "0":  # else launch has done it
+        _check_machine(config, dataset, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    _quiet_megatron()
     from megatron_scalebio.report import write_report
     from megatron_scalebio.trainer import train
 
@@ -134,8 +160,8 @@ def _train(args: argparse.Namespace) -> int:
 def _launch(args: argparse.Namespace) -> int:
     config, dataset = prepare(args, args.nproc)
     if args.dry_run:
-        _print_plan(config, dataset, args.nproc)
-        return 0
+        return _dry_run(args, config, dataset, args.nproc)
+    _check_machine(config, dataset, args.nproc, args.nproc)
     del dataset  # each rank reads its own; this process only waits
 
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -237,6 +263,7 @@ def _adopt_slurm_environment() -> None:
         return
     environment["RANK"] = environment["SLURM_PROCID"]
     environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+    environment.setdefault("LOCAL_WORLD_SIZE", environment.get("SLURM_NTASKS_PER_NODE", "1"))
     environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
     nodes = environment["SLURM_STEP_NODELIST"]  # node[03-04,09],other1
     first = re.match(r"([^\[,]+)(?:\[([^-,\]]+))?", nodes)
@@ -244,43 +271,35 @@ def _adopt_slurm_environment() -> None:
     environment.setdefault("MASTER_PORT", str(20_000 + int(environment["SLURM_JOB_ID"]) % 20_000))
 
 
-def _print_plan(config: "Config", dataset: "Dataset", world_size: int) -> None:
-    """What `--dry-run` shows: layout, batch arithmetic, data, parameters, bytes, and what differs from the preset."""
-    from megatron_scalebio.active_layers import draw_active_layers, period_of
-    from megatron_scalebio.config import changed_from_preset
-    from megatron_scalebio.estimates import model_parameters, peak_rank_bytes
+def _dry_run(args: argparse.Namespace, config: "Config", dataset: "Dataset", world_size: int) -> int:
+    _quiet_megatron()
+    from megatron_scalebio.plan_report import dry_run
 
-    shape, parallel, bilevel = config.model.shape, config.parallel, config.bilevel
-    vocab_size = shape.vocab_size or dataset.tokenizer.vocab_size
-    data_parallel = world_size // (parallel.tensor * parallel.pipeline)
-    print(
-        f"layout: {world_size} ranks = tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {data_parallel};"
-        f" {shape.num_layers // parallel.pipeline} layers per stage"
-    )
-    examples = f"{bilevel.global_batch_size} training examples"
-    if bilevel.mode == "bilevel":
-        examples += f" and {bilevel.validation_batch_size or bilevel.global_batch_size} validation examples"
-    print(
-        f"batch: {examples} per step, {config.data.sampling}, {'packed' if config.data.packing else 'padded'} into"
-        f" micro-batches of {config.data.micro_batch_size} x {config.data.max_length} positions; {bilevel.steps} steps"
-    )
-    for name, examples in zip(dataset.source_names, dataset.train, strict=True):
-        truncated, dropped = dataset.num_truncated[name], dataset.num_dropped[name]
-        print(f"source {name}: {len(examples)} examples, {truncated} of them truncated; {dropped} dropped")
-    print(f"validation: {len(dataset.validation)} examples; test: {len(dataset.test)} examples")
-    roles = ["lower", "upper"] if bilevel.mode == "bilevel" else ["upper"]
-    count = model_parameters(config.model.family, shape, vocab_size)
-    print(f"parameters: {count:,} each of {' and '.join(roles)}; vocabulary {vocab_size:,}")
-    draws = []
-    for period in range(period_of(bilevel.steps, config.lisa) + 1):
-        drawn = draw_active_layers(config.lisa, shape.num_layers, config.run.seed, period)
-        draws.append([drawn[role] for role in roles])
-    stage, period, parts = peak_rank_bytes(config, vocab_size, data_parallel, draws)
-    print(f"bytes per rank without activations, at their most (stage {stage}, period {period}):")
-    for part, size in parts.items():
-        print(f"  {part}: {size:,}")
-    changes = changed_from_preset(config)
-    print(f"differs from preset {bilevel.preset}:" if changes else f"settings as preset {bilevel.preset}")
-    for key, (preset, value) in changes.items():
-        print(f"  {key}: {value} (preset: {preset})")
-    print(f"outputs: {config.run.output_dir}")
+    return 0 if dry_run(config, dataset, world_size, args.gpu_memory) else 1
+
+
+def _quiet_megatron() -> None:
+    """Megatron-Core warns, once per rank, of every optional package that is not there and of its own deprecations."""
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+    # torch announces that its collectives on whole tensors will be renamed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+
+
+def _check_machine(config: "Config", dataset: "Dataset", world_size: int, ranks_here: int) -> None:
+    from megatron_scalebio.preflight import check_machine
+
+    check_machine(config, config.model.shape.vocab_size or dataset.tokenizer.vocab_size, world_size, ranks_here)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from megatron_scalebio.config import UserError, given_settings, load_config
+    from megatron_scalebio.plan_report import write_plan
+
+    if args.gpu_memory <= 0 or (args.gpus is not None and args.gpus < 1):
+        raise UserError(f"--gpus {args.gpus}, --gpu-memory {args.gpu_memory}: must be positive")
+    config = load_config(args.config, args.overrides)
+    if config.model.hf_path is not None:
+        from megatron_scalebio.hf import adopt_checkpoint
+
+        adopt_checkpoint(config, given_settings(args.config, args.overrides))
+    return 0 if write_plan(config, args.gpus, args.gpu_memory, args.json) else 1

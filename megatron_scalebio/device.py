@@ -45,11 +45,6 @@ SEAM = (
     ),
     SeamLocation("megatron.core.tensor_parallel.mappings", "device=torch.cuda.current_device()", "gather and scatter"),
     SeamLocation(
-        "megatron.core.models.common.language_module.language_module",
-        "weight.data.cuda()",
-        "tied embeddings on two stages are moved before they are compared",
-    ),
-    SeamLocation(
         "megatron.core.dist_checkpointing.strategies.state_dict_saver",
         "device=torch.cuda.current_device()",
         "the ranks' agreement that a checkpoint is written",
@@ -126,7 +121,6 @@ def install_cpu_seam() -> None:
         raise RuntimeError("install_cpu_seam: CUDA is in use in this process; Megatron-Core needs no seam on CUDA")
     torch.cuda.current_device = lambda: CPU
     torch.cuda.synchronize = lambda device=None: None
-    Tensor.cuda = lambda self, *args, **kwargs: self
     schedules = importlib.import_module("megatron.core.pipeline_parallel.schedules")
     if schedules.torch is torch:
         schedules.torch = _TorchOnCpu()
@@ -141,13 +135,13 @@ def rehearsal() -> Iterator[None]:
     """
     global _reads_zeros
     schedules = importlib.import_module("megatron.core.pipeline_parallel.schedules")
-    before = torch.cuda.current_device, torch.cuda.synchronize, Tensor.cuda, schedules.torch
+    before = torch.cuda.current_device, torch.cuda.synchronize, schedules.torch
     install_cpu_seam()
     _reads_zeros = True
     try:
         yield
     finally:
-        torch.cuda.current_device, torch.cuda.synchronize, Tensor.cuda, schedules.torch = before
+        torch.cuda.current_device, torch.cuda.synchronize, schedules.torch = before
         _reads_zeros = False
 
 

@@ -79,6 +79,10 @@ def held_bytes(config: Config, num_periods: int) -> list[dict[str, int]]:
         ["bilevel.mode=fixed", "precision.compute=bf16"],
         ["model.family=llama3", "model.shape.head_size=10", "parallel.pipeline=2", "precision.compute=bf16"],
         ["model.family=gemma2", "model.shape.head_size=24", "model.shape.tied_embeddings=true", "parallel.tensor=2"],
+        ["precision.frozen_weights=fp8", "optimizer.moments=bf16"],  # two data-parallel ranks
+        ["precision.frozen_weights=fp8", "optimizer.moments=fp8", "parallel.tensor=2", "model.family=llama3"],
+        ["precision.frozen_weights=fp8", "precision.compute=fp32", "lisa.always_active=[final_norm]"],
+        ["parallel.pipeline=2", "parallel.layers_per_stage=[2,4]", "lisa.always_active=[head]"],
     ],
     ids=" ".join,
 )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -118,14 +119,32 @@ def test_settings_of_an_example_keep_the_rules(example, monkeypatch):
         ("llama3_8b", "tensor 2 x pipeline 1 x data 4", 8_030_261_248),
         ("gemma2_9b", "tensor 2 x pipeline 1 x data 4", 9_241_705_984),
         ("qwen2_7b", "tensor 2 x pipeline 1 x data 4", 7_615_616_512),
-        ("qwen25_32b", "tensor 2 x pipeline 4 x data 1", 32_763_876_352),
+        ("qwen25_32b", "tensor 1 x pipeline 4 x data 2", 32_763_876_352),
     ],
 )
-def test_a_large_model_is_planned_without_gpu_and_weights(tmp_path, name, layout, parameters):
+def test_a_large_model_is_rehearsed_without_gpu_and_weights_and_fits(tmp_path, name, layout, parameters):
     """The numbers of parameters are those that the models' makers state."""
     result = run_example(f"{name}_8xh100", tmp_path, "--dry-run", MODEL="", DATA_DIR="")
     assert result.returncode == 0, result.stderr
     assert layout in result.stdout and f"parameters: {parameters:,} each" in result.stdout
+    needed, available = re.search(r"^fits: .* needs ([0-9.]+) GiB of ([0-9.]+)$", result.stdout, re.M).groups()
+    assert float(needed) < 64 < float(available)
+
+
+def test_both_32b_models_fit_on_one_h200(tmp_path):
+    result = run_example("qwen25_32b_1xh200", tmp_path, "--dry-run", MODEL="", DATA_DIR="")
+    assert result.returncode == 0, result.stderr
+    needed, available = re.search(r"^fits: .* needs ([0-9.]+) GiB of ([0-9.]+)$", result.stdout, re.M).groups()
+    assert 100 < float(needed) < 0.9 * float(available) and available == "139.8"
+
+
+def test_what_does_not_fit_is_said_with_the_part_that_breaks_it(tmp_path):
+    """The 32B model's FP8 store switched off, and every rank holding all layers."""
+    faults = ("precision.frozen_weights=bf16", "parallel.pipeline=1", "parallel.layers_per_stage=null")
+    result = run_example("qwen25_32b_8xh100", tmp_path, "--dry-run", *faults, MODEL="", DATA_DIR="")
+    assert result.returncode == 1
+    assert "does not fit: rank 0 (stage 0) needs" in result.stdout
+    assert "largest part: frozen weights" in result.stdout
 
 
 @pytest.mark.parametrize("name", ["llama3_8b_8xh100", "smollm2_135m"])

@@ -12,12 +12,12 @@ PACKAGE = "megatron_scalebio"
 # Low to high; a unit imports from lower floors and from itself. A unit is a module or a folder of the package.
 FLOORS = (
     ("config", "__init__", "families"),
-    ("config_rules", "device", "kernels"),
-    ("losses", "source_weights"),
-    ("active_layers", "data", "estimates", "hf", "console", "charts"),
-    ("bilevel",),
-    ("mcore", "metrics", "checkpoint"),
-    ("trainer", "report"),
+    ("config_rules", "device", "kernels", "estimates"),
+    ("losses", "source_weights", "flops", "step_memory"),
+    ("active_layers", "data", "hf", "console", "charts", "step_time"),
+    ("bilevel", "planner"),
+    ("mcore", "metrics", "checkpoint", "layout_search"),
+    ("trainer", "report", "plan_report", "preflight"),
     ("cli",),
     ("tools", "examples"),
     ("__main__",),

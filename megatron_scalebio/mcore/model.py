@@ -4,22 +4,20 @@ import importlib.util
 import logging
 import math
 from contextlib import nullcontext
-from functools import partial
 
 import torch
-import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from torch.overrides import TorchFunctionMode
 
 from megatron_scalebio.config import Config, ShapeConfig, padded_vocab_size
 from megatron_scalebio.families import FAMILIES
+from megatron_scalebio.kernels.gated_activation import ACTIVATIONS
 from megatron_scalebio.mcore.attention import choose_attention
 from megatron_scalebio.mcore.layers import DecoderConfig, ExactRotaryEmbedding, native_block_spec, rotary_frequencies
 from megatron_scalebio.mcore.process_groups import ProcessGroups
 
 COMPUTE_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
-ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
 def decoder_config(config: Config, device: torch.device) -> DecoderConfig:
@@ -66,6 +64,7 @@ def decoder_config(config: Config, device: torch.device) -> DecoderConfig:
         persist_layer_norm=False,
         core_attention=choose_attention(config.model, device, dtype).backend,
         row_length=config.data.max_length,
+        activation=family.activation,
         sliding_window=window,
         attention_softcap=shape.attention_softcap,
         final_softcap=shape.final_softcap,

@@ -21,12 +21,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_scalebio.active_layers import Role, draw_active_layers, period_of
+from megatron_scalebio.active_layers import Role, draw_active_layers
 from megatron_scalebio.bilevel import Pass
 from megatron_scalebio.config import Config
 from megatron_scalebio.data.batch import MicroBatch
 from megatron_scalebio.device import CPU, rehearsal
-from megatron_scalebio.estimates import rank_bytes
 from megatron_scalebio.kernels import head_loss
 from megatron_scalebio.kernels.dispatch import planning_for_cuda
 from megatron_scalebio.losses import TokenCoefs
@@ -43,6 +42,7 @@ from megatron_scalebio.mcore.memory_tracker import MemoryTracker
 from megatron_scalebio.mcore.parameters import NamedParameter
 from megatron_scalebio.mcore.process_groups import start_process_groups
 from megatron_scalebio.mcore.weight_store import Block
+from megatron_scalebio.planner import draws_of, stage_memory
 
 ACTIVATIONS, LOSS_BUFFERS, MICRO_BATCHES = "activations", "loss buffers", "micro-batches"
 
@@ -79,7 +79,8 @@ def rehearse(config: Config, world_size: int, rank: int, vocab_size: int, on_cud
     on_cuda = on_cuda and config.precision.compute != "fp64"
     with rehearsal(), fake_world(world_size, rank), paths_of_cuda() if on_cuda else nullcontext():
         groups = start_process_groups(config.parallel, CPU)
-        period = fullest_period(config, vocab_size, groups.data.size(), groups.stage)
+        sizes = vocab_size, groups.data.size(), groups.stage
+        period = stage_memory(config, *sizes, draws_of(config)).period
         with FakeTensorMode(), MemoryTracker(ACTIVATIONS) as tracker:
             models = MegatronModels(config, groups, CPU, vocab_size, _no_numbers)
             parts = measure_step(models, period, groups.num_stages - groups.stage, tracker)
@@ -155,22 +156,6 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, before)
-
-
-def fullest_period(config: Config, vocab_size: int, data_parallel: int, stage: int) -> int:
-    """The period, from 0, in which a stage's weights and optimizer state take most of the device."""
-    roles, sizes = _roles(config), []
-    thawed: list[set[int]] = [set() for _ in roles]
-    for period in range(period_of(config.bilevel.steps, config.lisa) + 1):
-        active = [_draw(config, period)[role] for role in roles]
-        thawed = [before | set(layers) for before, layers in zip(thawed, active, strict=True)]
-        parts = rank_bytes(config, vocab_size, data_parallel, stage, active, thawed)
-        sizes.append(sum(size for part, size in parts.items() if part != "host masters"))
-    return sizes.index(max(sizes))
-
-
-def _roles(config: Config) -> list[Role]:
-    return list(Role) if config.bilevel.mode == "bilevel" else [Role.UPPER]
 
 
 def _draw(config: Config, period: int) -> dict[Role, list[int]]:

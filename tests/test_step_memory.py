@@ -1,0 +1,49 @@
+"""Bytes of a step by arithmetic equal what the real step holds on fake tensors, at the full shape of Qwen-2.5-32B."""
+
+import pytest
+
+from megatron_scalebio.estimates import on_device
+from megatron_scalebio.mcore.rehearsal import rehearse
+from megatron_scalebio.planner import draws_of, stage_memory
+from megatron_scalebio.step_memory import saved_layer_bytes
+from tests.test_planner import VOCAB_SIZE, qwen_32b
+
+NOT_TENSORS = ("communication buffers", "allocator reserve")
+FP8, FP8_MOMENTS = "precision.frozen_weights=fp8", "optimizer.moments=fp8"
+
+
+@pytest.mark.parametrize(
+    "world_size, ranks, overrides",
+    [
+        (8, (0, 2, 6), ("parallel.tensor=2", "parallel.pipeline=4", "data.micro_batch_size=4")),
+        (8, (0, 4), ("parallel.tensor=4", "parallel.pipeline=2", "parallel.sequence=true", FP8)),
+        (8, (0, 3, 7), ("parallel.pipeline=8", FP8, "parallel.layers_per_stage=[7,8,8,9,9,8,8,7]")),
+        (8, (2,), ("parallel.pipeline=4", FP8, "parallel.recompute=selective", "lisa.always_active=[final_norm]")),
+        (8, (0,), ("parallel.pipeline=8", FP8, "parallel.recompute=full", "data.micro_batch_size=4", FP8_MOMENTS)),
+    ],
+    ids=str,
+)
+def test_tensors_of_a_step_are_predicted_within_5_percent(world_size, ranks, overrides):
+    """Over one period, since a rehearsal takes the one whose weights are most, and a plan the one of most in all."""
+    config = qwen_32b(*overrides, "bilevel.steps=20")
+    data_parallel = world_size // (config.parallel.tensor * config.parallel.pipeline)
+    for rank in ranks:
+        rehearsed = rehearse(config, world_size, rank, VOCAB_SIZE, on_cuda=True)
+        parts = stage_memory(config, VOCAB_SIZE, data_parallel, rehearsed.stage, draws_of(config)).parts
+        tensors = on_device(parts) - sum(parts[part] for part in NOT_TENSORS)
+        assert tensors == pytest.approx(rehearsed.peak_bytes, rel=0.05)
+        for part in ("frozen weights", "active weights", "gradients", "masters", "moments"):
+            assert parts[part] == pytest.approx(rehearsed.parts.get(part, 0), rel=1e-3, abs=1 << 20)
+        comes_and_goes = parts["activations"] + parts["loss buffers"]
+        others = rehearsed.peak_bytes - sum(rehearsed.parts.get(part, 0) for part in list(parts)[:5])
+        assert comes_and_goes == pytest.approx(others, rel=0.1)
+
+
+def test_recomputation_and_freezing_keep_less():
+    config = qwen_32b()
+    kinds = "none", "selective", "full"
+    kept = {(kind, trains): saved_layer_bytes(config, trains, kind) for kind in kinds for trains in (False, True)}
+    assert kept["full", False] == kept["full", True] == 1024 * 5120 * 2  # a layer's input
+    for active in (False, True):
+        assert kept["full", active] < kept["selective", active] < kept["none", active]
+    assert kept["none", True] - kept["none", False] == 1024 * (2 * 5120 + 27_648) * 2  # inputs of qkv, fc1 and fc2

@@ -1,0 +1,146 @@
+"""What FP8 in frozen layers does to the hypergradient of a real model, against bf16 and fp32 weights.
+
+    python tools/benchmarks/fp8_hypergradient.py --model FOLDER --task DIR --steps 10 --batches 4 --out FILE.json
+
+Both models train in fp32 for some steps, so that they differ. Then their exact weights are put into hosts of several
+precisions, which compute the gaps g = L(upper) - L(lower) per source on the same batches, none of which was trained on.
+Reported per precision: the error of g and of the hypergradient p_i (g_i - p . g) at uniform weights p, both relative to
+fp32's, beside how much fp32's own differ from batch to batch. DIR holds train/*.jsonl and val.jsonl; further arguments
+are settings.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+PRECISIONS = {
+    "fp32": ("fp32", None),
+    "bf16": ("bf16", None),
+    "fp32, frozen layers in fp8": ("fp32", "fp8"),
+    "bf16, frozen layers in fp8": ("bf16", "fp8"),
+}
+
+
+def load(args: argparse.Namespace):
+    """(configuration, dataset) of the task, in fp32."""
+    from megatron_scalebio.config import load_config
+    from megatron_scalebio.config_rules import check_config
+    from megatron_scalebio.data import load_dataset
+    from megatron_scalebio.hf import adopt_checkpoint, check_checkpoint
+
+    files = sorted((args.task / "train").glob("*.jsonl"))
+    sources = ", ".join(f"{{name: {file.stem}, path: '{file.absolute()}'}}" for file in files)
+    config = load_config(
+        None,
+        [
+            *(f"model.hf_path={args.model}", "data.template=plain", "precision.compute=fp32"),
+            *(f"data.sources=[{sources}]", f"data.validation={args.task / 'val.jsonl'}", *args.settings),
+        ],
+    )
+    adopt_checkpoint(config, {})
+    check_checkpoint(config)
+    dataset = load_dataset(config)
+    check_config(config, 1, dataset.tokenizer.vocab_size)
+    return config, dataset
+
+
+def copy_weights(trained, models, active_layers: dict, ever_active: set) -> None:
+    """Make `models`, freshly built in another precision, hold the exact weights of `trained`."""
+    models.redraw({role: sorted(layers) for role, layers in ever_active.items()})
+    for role, active_set in models.active_sets.items():
+        for name, active in active_set.blocks.items():
+            active.master.copy_(trained.exact(role, name))
+            active.block.weights[active.shard] = active.master
+    models.redraw(active_layers)
+
+
+def gaps(models, bilevel, batch, active_layers: dict) -> torch.Tensor:
+    """g of a batch, [K] fp64; nothing is updated."""
+    from megatron_scalebio.active_layers import Role
+
+    taken = {}
+
+    class Watched:
+        """The models, which report the losses of a step and refuse its updates."""
+
+        def forward_backward(self, passes, fingerprint):
+            losses = models.forward_backward(passes, fingerprint)
+            taken.update({(part.role, part.split): loss for part, loss in zip(passes, losses, strict=True)})
+            raise StopIteration
+
+    try:
+        bilevel.step(Watched(), 1, batch, active_layers)
+    except StopIteration:
+        pass
+    return taken[Role.UPPER, "train"] - taken[Role.LOWER, "train"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--task", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--batches", type=int, default=4)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("settings", nargs="*", metavar="section.key=value")
+    args = parser.parse_intermixed_args()
+
+    from megatron_scalebio.mcore.host import MegatronModels
+    from megatron_scalebio.trainer import Trainer
+    from tools.benchmarks.timing import environment
+
+    config, dataset = load(args)
+    trainer, ever_active = Trainer(config, dataset), {}
+    for _ in range(args.steps):
+        trainer.take_step()
+        for role, layers in trainer.active_layers.items():
+            ever_active.setdefault(role, set()).update(layers)
+    batches = [trainer.sampler.step(args.steps + 1 + index) for index in range(args.batches)]
+    found = {}
+    for name, (compute, frozen) in PRECISIONS.items():
+        precision = replace(config.precision, compute=compute, frozen_weights=frozen)
+        variant = replace(config, precision=precision)
+        models = MegatronModels(variant, trainer.groups, trainer.device, trainer.models.shape.vocab_size)
+        copy_weights(trainer.models, models, trainer.active_layers, ever_active)
+        found[name] = torch.stack([gaps(models, trainer.bilevel, batch, trainer.active_layers) for batch in batches])
+        print(f"{name}: {[[round(value, 5) for value in row] for row in found[name].tolist()]}", flush=True)
+    rows = [summary(name, gap, found["fp32"]) for name, gap in found.items()]
+    for row in rows:
+        print("  ".join(f"{key} {value if isinstance(value, str) else f'{value:.3g}'}" for key, value in row.items()))
+    if args.out:
+        content = {**environment(trainer.device, " ".join(sys.argv)), "sources": dataset.source_names, "rows": rows}
+        content["gaps"] = {name: gap.tolist() for name, gap in found.items()}
+        args.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def summary(name: str, gap: torch.Tensor, exact: torch.Tensor) -> dict[str, str | float]:
+    """Errors over batches [B, K], as root mean squares."""
+    p = 1 / gap.shape[1]
+
+    def hypergradient(gap: torch.Tensor) -> torch.Tensor:
+        return p * (gap - gap.mean(1, keepdim=True))
+
+    def rms(values: torch.Tensor) -> float:
+        return values.square().mean().sqrt().item()
+
+    ours, theirs = hypergradient(gap), hypergradient(exact)
+    return {
+        "precision": name,
+        "gap_rms": rms(gap),
+        "gap_error": rms(gap - exact) / rms(exact),
+        "hypergradient_rms": rms(ours),
+        "hypergradient_error": rms(ours - theirs) / rms(theirs),
+        "hypergradient_batch_to_batch": rms(theirs - theirs.mean(0)) / rms(theirs),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
