@@ -15,6 +15,7 @@ from megatron_scalebio.families import FAMILIES
 WEIGHT_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp8": 2}  # of precision.compute; fp8 keeps active weights in bf16
 MASTER_BYTES = {"fp64": 8, "fp32": 4, "bf16": 4, "fp8": 4}
 FP8_BLOCK = 128  # rows and columns of a frozen FP8 weight that share one fp32 scale, and numbers of an FP8 moment
+ALIGNMENT = 128
 ALWAYS_ACTIVE = ("embedding", "final_norm", "head")  # the blocks that are no decoder layer
 
 
@@ -68,13 +69,13 @@ def lowest_reached(config: Config, active: Collection[int]) -> int:
 
 
 def stage_blocks(config: Config, vocab_size: int, stage: int) -> dict[str, int]:
-    """{block: parameters} of one model on one rank of a pipeline stage, padding of the vocabulary included."""
+    """{block: numbers} of one model on one rank of a pipeline stage, with the padding of vocabulary and layers."""
     shape, tensor, num_stages = config.model.shape, config.parallel.tensor, config.parallel.pipeline
     table = padded_vocab_size(vocab_size) // tensor * shape.hidden_size
-    layer_numel = layer_parameters(config.model.family, shape, tensor)
+    layer = layer_numel(config.model.family, shape, tensor)
     blocks = {"embedding": table} if stage == 0 else {}
-    for layer in stage_layers(config, stage):
-        blocks[f"layers.{layer}"] = layer_numel
+    for index in stage_layers(config, stage):
+        blocks[f"layers.{index}"] = layer
     if stage == num_stages - 1:
         blocks["final_norm"] = shape.hidden_size
         if not (shape.tied_embeddings and num_stages == 1):  # on a later stage a tied head is a copy
@@ -82,11 +83,22 @@ def stage_blocks(config: Config, vocab_size: int, stage: int) -> dict[str, int]:
     return blocks
 
 
+def aligned(numel: int) -> int:
+    """The next multiple of 128, where a range of a flat block may begin: there begins a block of an 8-bit moment's
+    scales, so that no scale is shared by numbers that are sharded and numbers that ranks hold alike."""
+    return -(-numel // ALIGNMENT) * ALIGNMENT
+
+
 def padded_block(numel: int, data_parallel: int) -> int:
-    """Numbers that a flat block of `numel` parameters is stored in: every data-parallel rank's shard of it begins and
-    ends at a multiple of 16, so that kernels can read and write 16 bytes at a time."""
-    unit = 16 * data_parallel
-    return -(-numel // unit) * unit
+    """Numbers that a flat block of `numel` is stored in: every data-parallel rank's shard of it is `aligned`."""
+    return aligned(-(-numel // data_parallel)) * data_parallel
+
+
+def layer_numel(family: str, shape: ShapeConfig, tensor: int) -> int:
+    """Numbers of a decoder layer's flat block on one tensor-parallel rank: what is sharded, aligned, then its norms."""
+    numel = layer_parameters(family, shape, tensor)
+    norms = (4 if FAMILIES[family].post_norms else 2) * shape.hidden_size
+    return aligned(numel - norms) + norms
 
 
 def fp8_bytes(rows: int, columns: int) -> int:
@@ -99,7 +111,7 @@ def frozen_layer_bytes(config: Config, data_parallel: int) -> int:
     the compute dtype."""
     family, shape, tensor = config.model.family, config.model.shape, config.parallel.tensor
     weight = WEIGHT_BYTES[config.precision.compute]
-    padded = padded_block(layer_parameters(family, shape, tensor), data_parallel)
+    padded = padded_block(layer_numel(family, shape, tensor), data_parallel)
     if config.precision.frozen_weights != "fp8":
         return padded * weight
     sizes = linear_shapes(shape, tensor).values()
@@ -154,7 +166,7 @@ def rank_bytes(
     layers = set(stage_layers(config, stage))
     num_active, num_trained = (sum(len(layers.intersection(drawn)) for drawn in group) for group in (active, thawed))
     num_copies = len(layers) + (num_models - 1) * len(layers.intersection(set().union(*thawed)))
-    numel = layer_parameters(config.model.family, config.model.shape, config.parallel.tensor)
+    numel = layer_numel(config.model.family, config.model.shape, config.parallel.tensor)
     add(numel, frozen_layer_bytes(config, data_parallel), num_copies, num_active, num_trained)
     for block, numel in stage_blocks(config, vocab_size, stage).items():
         if block in ALWAYS_ACTIVE:

@@ -3,7 +3,8 @@
 Packed examples: a micro-batch is one sequence of T = B * S tokens. Attention is kept inside an example; rotary
 positions run on over the whole sequence, which changes nothing but rounding: rotary attention depends on differences.
 
-Shapes: T tokens of a micro-batch, B rows of S tokens, d head size.
+Shapes: T tokens of a micro-batch (T / TP under sequence parallelism, where it is scattered), B rows of S tokens,
+H hidden, F feed-forward of this rank, d head size.
 """
 
 import math
@@ -15,10 +16,12 @@ import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
 
+from megatron_scalebio.kernels.gated_activation import gated_activation
 from megatron_scalebio.mcore.attention import CoreAttention
 from megatron_scalebio.mcore.frozen_linear import ColumnLinear, RowLinear
 from megatron_scalebio.mcore.recompute import LAYERS, LastLinear
@@ -30,6 +33,7 @@ class DecoderConfig(TransformerConfig):
 
     core_attention: type[CoreAttention] | None = None  # None: Transformer Engine's
     row_length: int = 0
+    activation: str = "silu"  # of the gate: a key of gated_activation.ACTIVATIONS
     sliding_window: int | None = None  # of the layers that `window_attn_skip_freq` leaves it to
     attention_softcap: float | None = None
     final_softcap: float | None = None
@@ -67,6 +71,18 @@ class PostNormLinear(RowLinear):
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         output, bias = super().forward(input_)
         return self.post_norm(output), bias
+
+
+class GatedMLP(MLP):
+    """Two matrices without biases, and between them one operation that keeps fc1's output. Megatron-Core's MLP keeps
+    the activated gate and a copy of up as well: 110,592 of 279,720 bytes per token of a frozen layer of Qwen-2.5-32B.
+    """
+
+    def forward(self, hidden_states: Tensor, **_) -> tuple[Tensor, Tensor | None]:
+        """[T, 1, H] -> [T, 1, H], and no bias."""
+        between, _ = self.linear_fc1(hidden_states)
+        between = gated_activation(between, self.config.activation)  # gone with its old value, unless it is kept
+        return self.linear_fc2(between)
 
 
 def rotary_frequencies(head_size: int, base: float, scaling: dict[str, float] | None) -> Tensor:
@@ -111,6 +127,6 @@ def native_block_spec(config: DecoderConfig) -> TransformerBlockSubmodules:
     )
     row, last = (PostNormLinear, PostNormLinear) if config.post_norms else (RowLinear, LastLinear)
     attention.linear_qkv, attention.linear_proj = ColumnLinear, row
-    mlp = layer.submodules.mlp.keywords["submodules"]
-    mlp.linear_fc1, mlp.linear_fc2 = ColumnLinear, last
+    mlp = MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=last)
+    layer.submodules.mlp = partial(GatedMLP.as_mlp_submodule, submodules=mlp)
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)

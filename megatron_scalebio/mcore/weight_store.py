@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_scalebio.active_layers import Role
-from megatron_scalebio.estimates import padded_block
+from megatron_scalebio.estimates import aligned, padded_block
 from megatron_scalebio.hf.mapping import LAYER_PREFIX
 from megatron_scalebio.kernels.fp8 import BLOCK, BlockScaled, quantize
 from megatron_scalebio.mcore.host_masters import HostMasters
@@ -122,11 +122,11 @@ def _make_block(name: str, parameters: list[NamedParameter], data_parallel_size:
     ordered = sorted(parameters, key=lambda parameter: (is_vector(parameter), *counting(parameter)))
     offsets, regions, offset = [], [], 0
     for parameter in ordered:
-        stop = offset + parameter.tensor.numel()
         if offsets and counting(ordered[len(offsets) - 1]) == counting(parameter):
             start = regions.pop().start
         else:
-            start = offset
+            start = offset = aligned(offset)
+        stop = offset + parameter.tensor.numel()
         offsets.append(offset)
         regions.append(Region(start, stop, *counting(parameter)))
         offset = stop

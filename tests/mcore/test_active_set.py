@@ -113,7 +113,8 @@ def check_bytes(run: RankRun, ever_active: dict[Role, set[str]]) -> None:
     shape, tensor, stages = config.model.shape, config.parallel.tensor, config.parallel.pipeline
     hidden, ffn, head = shape.hidden_size, shape.ffn_hidden_size, shape.hidden_size // shape.num_attention_heads
     qkv = (shape.num_attention_heads + 2 * shape.num_query_groups) * head
-    layer = (qkv * hidden + qkv + hidden * hidden + 3 * ffn * hidden) // tensor + 2 * hidden
+    sharded = (qkv * hidden + qkv + hidden * hidden + 3 * ffn * hidden) // tensor
+    layer = -(-sharded // 128) * 128 + 2 * hidden
     table = padded_vocab_size(VOCAB_SIZE) * hidden // tensor
     wide = 8 if config.precision.compute == "fp64" else 4
     masters = 1 if config.precision.compute == "bf16" else 0
@@ -127,7 +128,7 @@ def check_bytes(run: RankRun, ever_active: dict[Role, set[str]]) -> None:
             if not (shape.tied_embeddings and stages == 1):
                 numels.append(table)
         for numel in numels:
-            padded = -(-numel // (16 * data_size)) * 16 * data_size
+            padded = -(-numel // (128 * data_size)) * 128 * data_size
             expected += wide * (padded + (2 + masters) * padded // data_size)
     held = sum(active.num_bytes() for role in Role for active in run.models.active_sets[role].blocks.values())
     assert held == expected
