@@ -1,0 +1,358 @@
+"""The throughput tool on the CPU: what it counts, splits, prints, writes and compares."""
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+from argparse import Namespace
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_scalebio.active_layers import Role
+from megatron_scalebio.config import UserError, load_config
+from megatron_scalebio.data import Example
+from megatron_scalebio.data.packing import build_micro_batch
+from megatron_scalebio.estimates import model_parameters
+from megatron_scalebio.flops import Work, causal_pairs, step_flops
+from megatron_scalebio.mcore.dual_model import DualModel
+from megatron_scalebio.step_time import H100
+from tests.distributed import run_distributed
+from tools import benchmark_throughput
+from tools.benchmarks import throughput, throughput_run, throughput_split
+from tools.benchmarks.throughput_compare import compare, comparison_lines
+from tools.benchmarks.throughput_report import PEAKS, log_line, peak_of, results_of
+from tools.benchmarks.throughput_run import Content, Step, content_of
+from tools.benchmarks.throughput_split import PARTS, Stopwatch
+
+REPOSITORY = Path(__file__).parents[1]
+MODEL = REPOSITORY / "examples" / "models" / "qwen2_7b"
+CPU = torch.device("cpu")
+TINY = (
+    *("model.shape.num_layers=4", "model.shape.hidden_size=32", "model.shape.ffn_hidden_size=48"),
+    *("model.shape.num_attention_heads=4", "model.shape.num_query_groups=2"),
+    *("data.max_length=32", "bilevel.global_batch_size=8", "bilevel.validation_batch_size=4"),
+    *("lisa.num_active_layers=2", "lisa.period=2", "precision.compute=fp32", "run.device=cpu"),
+)
+
+
+def run(folder: Path, *arguments: str) -> dict:
+    """On every rank."""
+    file = ("--out", str(folder / "run.json"))
+    return throughput.benchmark(benchmark_throughput.parse(["--synthetic", *file, *arguments, *TINY]))
+
+
+def run_on(world_size: int, folder: Path, *arguments: str) -> dict:
+    """The file that the tool wrote."""
+    run_distributed(world_size, run, folder, *arguments)
+    return json.loads((folder / "run.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory):
+    return run_on(1, tmp_path_factory.mktemp("one"), "--steps", "4")
+
+
+@pytest.fixture(scope="module")
+def two_stages(tmp_path_factory):
+    return run_on(2, tmp_path_factory.mktemp("two"), "parallel.pipeline=2")
+
+
+@pytest.mark.parametrize("pipeline", [False, True])
+def test_a_run_says_all_that_it_measured(one_rank, two_stages, pipeline):
+    content = two_stages if pipeline else one_rank
+    size, results = (2 if pipeline else 1), content["results"]
+    assert content["environment"]["world_size"] == size and content["environment"]["commit"]
+    assert {"python", "torch", "megatron-core", "triton"} <= content["environment"]["versions"].keys()
+    assert content["config"]["model"]["shape"]["hidden_size"] == 32
+    assert content["run"] | {"weights": "random", "data": "synthetic", "steps": 4, "redraws": 2} == content["run"]
+    times, seconds = results["step_seconds"], sorted(step["seconds"] for step in content["steps"])
+    assert len(seconds) == 4 and sum(step["redrew"] for step in content["steps"]) == 2
+    assert seconds[0] <= times["p10"] <= times["median"] <= times["p90"] <= seconds[-1]
+    assert times["mean"] == pytest.approx(sum(seconds) / 4)
+    per_second, per_step = results["tokens_per_second_per_gpu"], results["tokens_per_step"]
+    for kind, number in per_step.items():
+        assert per_second[kind] == pytest.approx(number / times["mean"] / size)
+    assert 0 < per_step["train_real"] < per_step["train_padded"]
+    assert 4 * per_step["train_padded"] % 32 == 0  # whole rows
+    assert 0 < per_step["validation_real"] < per_step["train_real"]
+    flops = results["flops_per_step"]
+    assert 0 < flops["model"] < flops["executed"]
+    for kind, number in flops.items():
+        assert results["tflops_per_gpu"][kind] == pytest.approx(number / times["mean"] / size / 1e12)
+    assert results["utilization"]["mfu"] is None and "--peak-tflops" in results["utilization"]["reason"]
+    assert [rank["rank"] for rank in results["memory"]] == list(range(size))
+    for rank in results["memory"]:
+        assert rank["resident_bytes"] >= rank["resident_before_bytes"] > 0 and rank["planned_tensor_bytes"] > 0
+    assert "comparison" not in content and "error" not in content
+
+
+def test_the_parts_of_the_split_are_there_and_are_the_step(one_rank, two_stages):
+    for content in (one_rank, two_stages):
+        split = content["results"]["split"]
+        assert split["steps"] == 2 and split["redraws"] == 1  # one period
+        assert split["seconds_per_redraw"] > 0
+        for rank in split["ranks"]:
+            assert set(rank["seconds"]) == set(PARTS)
+            assert sum(rank["seconds"].values()) == pytest.approx(rank["step_seconds"])
+            assert min(rank["seconds"].values()) >= 0  # no moment counts twice: the rest would be negative
+            for part in ("lower", "upper", "optimizer", "redraw", "communication", "waiting"):
+                assert rank["seconds"][part] > 0
+    first, last = (rank["seconds"] for rank in two_stages["results"]["split"]["ranks"])
+    assert first["loss"] == 0 < last["loss"]
+
+
+def test_one_flush_against_three_is_measured_and_planned(one_rank, two_stages):
+    assert one_rank["results"]["flush"] is None
+    flush = two_stages["results"]["flush"]
+    train, again, validation = flush["num_microbatches"]
+    assert train == again > validation
+    stages = 2
+    even = (2 * train + validation + stages - 1) / (2 * (train + 1) + validation + 1)
+    assert flush["even_stages_ratio"] == pytest.approx(even)
+    assert even - 1e-9 <= flush["planned_ratio"] < 1  # uneven stages save less
+    assert flush["measured_ratio_least"] <= flush["measured_ratio"] <= flush["measured_ratio_greatest"]
+
+
+def test_the_measured_ratio_is_one_flush_over_three(monkeypatch):
+    config = load_config(None, [*TINY, "parallel.pipeline=2"])
+
+    @contextmanager
+    def pretend(trainer, seconds):
+        trainer.take_step = lambda: seconds.append(1.0 if config.parallel.fused_pipeline else 4.0)
+        yield
+
+    monkeypatch.setattr(throughput_run, "_timing_flushes", pretend)
+    groups = Namespace(num_stages=2, data=Namespace(size=lambda: 1))
+    trainer = Namespace(config=config, groups=groups, models=Namespace(shape=Namespace(vocab_size=258)))
+    draws = [[[0, 2], [0, 2]]]
+    flush = throughput_run.one_flush_against_three(trainer, made_step(1.0), H100, draws)
+    assert flush["measured_ratio"] == flush["measured_ratio_least"] == flush["measured_ratio_greatest"] == 0.25
+
+
+def test_nothing_stays_wrapped_after_a_split():
+    before = DualModel.forward, torch.distributed.all_reduce
+    trainer = Namespace(models=Namespace(redraw=None, _add_over_ranks=None, active_sets={}))
+    with throughput_split.sections(trainer, Stopwatch(float, lambda start, end: 0.0)):
+        assert DualModel.forward is not before[0] and torch.distributed.all_reduce is not before[1]
+    assert (DualModel.forward, torch.distributed.all_reduce) == before
+    operation = throughput_split.head_loss._HeadLoss
+    assert all(isinstance(vars(operation)[name], staticmethod) for name in ("forward", "backward"))
+
+
+def test_each_moment_counts_once_towards_the_innermost_section():
+    ticks = itertools.count()
+    watch = Stopwatch(lambda: next(ticks), lambda start, end: float(end - start))
+    watch.start()  # 0
+    with watch.section("lower"):  # 1
+        with watch.section("loss"):  # 2
+            with watch.section("communication"):  # 3 to 4
+                pass
+        # loss ends at 5
+    # lower ends at 6
+    with watch.section("waiting"), watch.section("communication"):  # 7, 8; both end: 9, 10
+        pass
+    seconds = watch.stop()  # 11
+    assert seconds == {"other": 3.0, "lower": 2.0, "loss": 2.0, "communication": 1.0, "waiting": 3.0}
+
+
+def test_backward_passes_belong_to_the_models_in_the_order_of_their_forward_passes(monkeypatch):
+    """As 1F1B mixes them: two micro-batches ahead, then one backward after each one forward."""
+    monkeypatch.setattr(DualModel, "forward", lambda chunk, task: None)
+    seen, watch = [], Stopwatch(float, lambda start, end: 0.0)
+    watch.start()
+    forward, backward = throughput_split._timed_passes(lambda *_: seen.append(watch._open[-1]), watch)
+    lower, upper = (Namespace(role=role) for role in Role)
+    for task in (lower, lower, None, lower, None, upper, None, upper, None, None):
+        backward() if task is None else forward(None, task)
+    assert seen == ["lower", "lower", "lower", "upper", "upper"]
+
+
+def example(num_tokens: int, num_loss_tokens: int) -> Example:
+    mask = np.arange(num_tokens) >= num_tokens - num_loss_tokens
+    return Example(np.zeros(num_tokens, dtype=np.int32), mask, 0)
+
+
+def test_real_and_padded_tokens_of_a_known_batch():
+    """Two rows of 10 positions: 5 + 4 and a tail of 1; 10 without one. Then a row of 3 and a row of padding alone."""
+    first = [[example(6, 1), example(5, 4)], [example(11, 10)]]
+    parts = [build_micro_batch(rows, 10, 2, pad_id=0) for rows in (first, [[example(4, 2)]])]
+    pairs = sum(causal_pairs(length, None) for length in (5, 4, 1, 10, 3, 7, 10))
+    inside = sum(causal_pairs(length, 4) for length in (5, 4, 1, 10, 3, 7, 10))
+    assert content_of(parts, 4) == Content(Work(40, 17, pairs, inside), real=22, num_microbatches=2)
+    assert content_of(parts, None).work == Work(40, 17, pairs, pairs)
+
+
+def steps_on_a_rank(settings: tuple[str, ...]) -> tuple[list[Step], list[list[list[int]]], list[tuple[int, int]]]:
+    """Steps as the tool takes them, their draws, and the trainer's own count of (tokens, loss tokens)."""
+    config = throughput_run.read_config(None, [*TINY, *settings], synthetic=True)
+    trainer = throughput_run.Trainer(config, throughput_run.make_dataset(config, synthetic=True))
+    steps, draws = [], []
+    for _ in range(3):
+        steps.append(throughput_run.timed_step(trainer))
+        draws.append([trainer.active_layers[role] for role in Role])
+    counts = [(step.record["num_tokens"], step.record["num_loss_tokens"]) for step in steps]
+    return steps, draws, counts
+
+
+@pytest.mark.parametrize("layout", [(), ("parallel.tensor=2",), ("parallel.pipeline=2",)], ids=str)
+def test_the_flops_are_those_of_the_whole_batch_under_every_layout(layout):
+    """Two data-parallel ranks (no layout) share what two ranks of one replica compute together."""
+    settings = ("data.packing=false", *layout)
+    config = load_config(None, [*TINY, *settings])
+    for steps, draws, counts in run_distributed(2, steps_on_a_rank, settings):
+        for step, draw, (num_tokens, num_loss_tokens) in zip(steps, draws, counts, strict=True):
+            assert step.train.real + step.validation.real == num_tokens
+            assert step.train.work.loss_tokens + step.validation.work.loss_tokens == num_loss_tokens
+            assert (step.train.work.positions, step.validation.work.positions) == (8 * 32, 4 * 32)
+            assert step.flops == step_flops(config, 258, draw, step.train.work, step.validation.work)
+            assert step.positions == 2 * 8 * 32 + 4 * 32
+        assert [step.redrew for step in steps] == [True, False, True]
+
+
+def made_step(seconds: float) -> Step:
+    work = Work(1000, 500, 8000, 8000)
+    record = {"step": 5, "lr": 2e-6, "grad_norm_upper": 1.25, "train_loss_upper": {"a": 2.0, "b": None, "c": 4.0}}
+    flops = throughput_run.Flops(3e12, 2e12, 1e12, 4e12)
+    return Step(seconds, seconds, Content(work, 800, 1), Content(work, 600, 1), flops, False, record, {})
+
+
+def test_rates_are_totals_over_total_time():
+    config = throughput_run.read_config(None, list(TINY), synthetic=True)
+    peak = peak_of(CPU, "any", given=2.0)
+    results = results_of([made_step(1.0), made_step(1.0), made_step(4.0)], config, 258, 2, peak)
+    assert results["tokens_per_second_per_gpu"]["train_real"] == 3 * 800 / 6.0 / 2
+    assert results["tokens_per_second_per_gpu"]["validation_padded"] == 3 * 1000 / 6.0 / 2
+    assert results["tflops_per_gpu"]["executed"] == pytest.approx(3 * 10 / 6.0 / 2)
+    assert results["tflops_per_gpu"]["model"] == pytest.approx(3 * 6 / 6.0 / 2)
+    assert results["utilization"]["mfu"]["given"] == pytest.approx(0.75)
+    assert results["utilization"]["hfu"]["given"] == pytest.approx(1.25)
+    positions = 3 * (2 * 1000 + 1000)  # lower and upper on the training positions, upper on the validation ones
+    six_n = 6 * model_parameters("qwen2", config.model.shape, 258) * positions
+    assert results["tflops_per_gpu"]["six_n_equivalent"] == pytest.approx(six_n / 6.0 / 2 / 1e12)
+
+
+def test_a_peak_is_named_or_its_absence_explained():
+    cuda = torch.device("cuda")
+    assert peak_of(cuda, "NVIDIA H100 80GB HBM3", None).tflops == {"bf16": 989, "fp8": 1979}
+    assert peak_of(cuda, "NVIDIA H200", 500.0).tflops == {"given": 500.0}
+    for device, name in ((cuda, "NVIDIA Unknown"), (CPU, "CPU")):
+        peak = peak_of(device, name, None)
+        assert peak.tflops == {} and "--peak-tflops" in peak.reason
+    assert all(
+        peak.get("fp8", 2 * peak["bf16"]) == pytest.approx(2 * peak["bf16"], rel=2e-3) for peak in PEAKS.values()
+    )
+
+
+# As written in Megatron-LM's training_log: every field of its format strings, in its order.
+MEGATRON_LINE = re.compile(
+    r" \[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6}\] iteration (?P<iteration>[ \d]{8})/(?P<last>[ \d]{8}) \|"
+    r" consumed samples: (?P<samples>[ \d]{12}) \| elapsed time per iteration \(ms\): (?P<ms>\d+\.\d) \|"
+    r" throughput per GPU \(TFLOP/s/GPU\): (?P<tflops>\d+\.\d) \| learning rate: (?P<lr>\d\.\d{6}E[+-]\d\d) \|"
+    r" global batch size: (?P<batch>[ \d]{5}) \| lm loss: (?P<loss>\d\.\d{6}E[+-]\d\d) \|"
+    r" loss scale: (?P<scale>\d+\.\d) \| grad norm: (?P<norm>\d+\.\d{3}) \|"
+    r" number of skipped iterations: (?P<skipped>[ \d]{3}) \| number of nan iterations: (?P<nan>[ \d]{3}) \|"
+)
+
+
+def test_the_log_line_is_megatrons():
+    found = MEGATRON_LINE.fullmatch(log_line(made_step(1.5), num_steps=10, batch_size=128, world_size=2))
+    fields = {name: float(text) for name, text in found.groupdict().items()}
+    assert fields == {
+        **{"iteration": 5, "last": 10, "samples": 640, "ms": 1500.0, "tflops": 2.0, "lr": 2e-6, "batch": 128},
+        **{"loss": 3.0, "scale": 1.0, "norm": 1.25, "skipped": 0, "nan": 0},
+    }
+
+
+def test_a_comparison_has_every_ratio_and_names_what_differs(one_rank):
+    other = json.loads(json.dumps(one_rank))
+    assert compare(one_rank, other)["differs"] == []
+    assert set(compare(one_rank, other)["ratios"].values()) == {1.0}
+    other["results"]["step_seconds"]["median"] *= 4
+    other["environment"]["device"], other["environment"]["versions"]["torch"] = "another", "9.9"
+    other["environment"]["world_size"], other["config"]["lisa"]["period"] = 8, 77
+    comparison = compare(one_rank, other)
+    assert comparison["ratios"]["step_seconds.median"] == 0.25
+    assert comparison["ratios"]["memory.0.planned_tensor_bytes"] == 1.0
+    assert comparison["ratios"]["split.ranks.0.seconds.lower"] == 1.0
+    assert [line.split(":")[0] for line in comparison["differs"]] == [
+        *("device", "world_size", "versions.torch", "lisa.period"),
+    ]
+    printed = "\n".join(comparison_lines(comparison, "OTHER.json"))
+    assert "WARNING" in printed and "lisa.period: 2 here, 77 there" in printed
+    assert "WARNING" not in "\n".join(comparison_lines(compare(one_rank, one_rank), "OTHER.json"))
+
+
+def test_mode_fixed_has_one_model_and_no_validation(tmp_path):
+    content = run_on(1, tmp_path, "--steps", "2", "bilevel.mode=fixed")
+    results = content["results"]
+    assert results["tokens_per_step"]["validation_padded"] == 0
+    assert results["split"]["ranks"][0]["seconds"]["lower"] == 0 < results["split"]["ranks"][0]["seconds"]["upper"]
+
+
+def test_a_folder_with_only_a_config_json_gives_its_shape_and_settings_may_change_it():
+    given = [f"model.hf_path={MODEL}", "model.shape.num_layers=3"]
+    config = throughput_run.read_config(None, given, synthetic=True)
+    assert config.model.hf_path is None
+    assert (config.model.shape.num_layers, config.model.shape.hidden_size) == (3, 3584)
+    dataset = throughput_run.make_dataset(config, synthetic=True)
+    tokens = np.concatenate([each.tokens for each in dataset.train[0]])
+    assert 100_000 < tokens.max() < config.model.shape.vocab_size
+    lengths = [len(each.tokens) for each in dataset.validation]
+    assert min(lengths) >= 128 and max(lengths) <= 384
+
+
+def as_user(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(REPOSITORY / "tools" / "benchmark_throughput.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd="/")
+
+
+def test_a_user_compares_two_runs(tmp_path, one_rank):
+    (tmp_path / "other.json").write_text(json.dumps(one_rank))
+    result = as_user("--synthetic", "--compare", str(tmp_path / "other.json"), "--steps", "1", *TINY)
+    assert result.returncode == 0 and "UserWarning" not in result.stderr
+    lines = result.stdout.splitlines()
+    assert [bool(MEGATRON_LINE.fullmatch(line)) for line in lines].count(True) == 1
+    assert "WARNING: --steps 1 is less than two periods of lisa.period=2 (4 steps)" in result.stdout
+    assert any(line.split()[0] == "step_seconds.median" for line in lines if line.strip())
+    assert "  run.steps: 1 here, 4 there" in lines
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--steps", "0", "--synthetic"), "--steps 0: must be at least 1"),
+        (("--synthetic", "--compare", "absent.json"), "--compare absent.json"),
+        (("--synthetic", "--out", "/no/such/folder/x.json"), "--out /no/such/folder/x.json: no such folder"),
+        (("--synthetic", "lisa.perod=3"), "lisa.perod"),
+        (("data.sources=[{name: a, path: absent.jsonl}]", "data.validation=absent.jsonl"), "--synthetic measures"),
+    ],
+)
+def test_mistakes_are_told_in_one_message(arguments, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert benchmark_throughput.main(list(arguments)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and "Traceback" not in error
+
+
+def test_a_file_of_another_tool_is_refused(tmp_path):
+    (tmp_path / "other.json").write_text("[1]")
+    with pytest.raises(UserError, match="holds no results"):
+        throughput._read_other(str(tmp_path / "other.json"))
+
+
+def test_out_of_memory_is_a_result_too(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("tried to allocate 1 GiB")
+
+    monkeypatch.setattr(throughput, "Trainer", full)
+    file = tmp_path / "run.json"
+    assert benchmark_throughput.main(["--synthetic", "--out", str(file), *TINY]) == 1
+    assert "error: rank 0 is out of memory: tried to allocate 1 GiB" in capsys.readouterr().out
+    content = json.loads(file.read_text())
+    assert "1 GiB" in content["error"] and content["results"] is None and content["config"]
+    assert benchmark_throughput.main(["--synthetic", "--compare", str(file), *TINY]) == 2

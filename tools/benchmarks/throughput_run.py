@@ -1,0 +1,248 @@
+"""Steps of the real trainer, timed as a run takes them: on a configuration's own data, or on synthetic examples.
+
+T positions of a micro-batch.
+"""
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import torch.distributed as dist
+
+from megatron_scalebio.active_layers import Role
+from megatron_scalebio.config import Config, SourceConfig, UserError, given_settings, load_config
+from megatron_scalebio.config_rules import check_config
+from megatron_scalebio.data import Dataset, Example, MicroBatch, load_dataset
+from megatron_scalebio.data.tokenizers import BytesTokenizer
+from megatron_scalebio.flops import Flops, Work, step_flops, work_of
+from megatron_scalebio.hf import adopt_checkpoint, check_checkpoint, read_shape
+from megatron_scalebio.step_time import Device, predict_step, stage_loads
+from megatron_scalebio.trainer import Trainer
+from tools.benchmarks.throughput_split import Stopwatch
+
+SYNTHETIC_EXAMPLES = 256  # of each source
+SYNTHETIC_LENGTHS = (1 / 8, 3 / 8)  # least and greatest, of data.max_length
+FLUSH_PAIRS = 5
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def read_config(path: str | None, overrides: list[str], synthetic: bool) -> Config:
+    """The configuration to measure. Where model.hf_path holds only a config.json, that is the shape of random weights,
+    which settings of model.shape may change. Raises: UserError."""
+    config, given = load_config(path, overrides), given_settings(path, overrides)
+    config.run.resume = "never"
+    if config.model.hf_path is not None:
+        folder = Path(config.model.hf_path)
+        if any(folder.glob("*.safetensors")):
+            adopt_checkpoint(config, given)
+            check_checkpoint(config)
+        else:
+            config.model.family, config.model.shape = read_shape(folder)
+            for key, value in given.items():
+                if key.startswith("model.shape."):
+                    setattr(config.model.shape, key.removeprefix("model.shape."), value)
+            config.model.hf_path = None
+    if synthetic:
+        names = [source.name for source in config.data.sources] or ["first", "second"]
+        config.data.sources = [SourceConfig(name, "synthetic") for name in names]
+        config.data.validation, config.data.test, config.data.tokenizer = "synthetic", None, "bytes"
+    check_config(config, world_size(), None)
+    return config
+
+
+def make_dataset(config: Config, synthetic: bool) -> Dataset:
+    """What `config.data` names, or random examples in its place. Raises: UserError."""
+    try:
+        dataset = synthetic_dataset(config) if synthetic else load_dataset(config)
+    except UserError as error:
+        raise UserError(f"{error}\n(--synthetic measures without data files and tokenizer)") from None
+    check_config(config, world_size(), dataset.tokenizer.vocab_size)
+    return dataset
+
+
+def synthetic_dataset(config: Config) -> Dataset:
+    """Random tokens in examples of 1/8 to 3/8 of data.max_length; the second half of each carries loss."""
+    generator, tokenizer = np.random.default_rng(0), BytesTokenizer()
+    vocab_size = config.model.shape.vocab_size or tokenizer.vocab_size
+    if vocab_size < tokenizer.vocab_size:
+        raise UserError(f"model.shape.vocab_size={vocab_size}: synthetic data need {tokenizer.vocab_size} or more")
+    least, greatest = (max(2, round(share * config.data.max_length)) for share in SYNTHETIC_LENGTHS)
+
+    def example(source_id: int) -> Example:
+        length = int(generator.integers(least, greatest + 1))
+        first = length // 2 if config.data.response_loss_only else 1
+        tokens = generator.integers(0, vocab_size, length, dtype=np.int32)
+        return Example(tokens, np.arange(length) >= first, source_id)
+
+    def examples(source_id: int) -> list[Example]:
+        return [example(source_id) for _ in range(SYNTHETIC_EXAMPLES)]
+
+    names = [source.name for source in config.data.sources]
+    train = [examples(index) for index in range(len(names))]
+    return Dataset(tokenizer, names, train, examples(0) if config.bilevel.mode == "bilevel" else [])
+
+
+@dataclass(frozen=True)
+class Content:
+    """What the micro-batches of one pass hold."""
+
+    work: Work  # its positions are padded ones, what a GPU computes
+    real: int  # positions that hold an example
+    num_microbatches: int
+
+    def __add__(self, other: "Content") -> "Content":
+        return Content(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(Content)))
+
+
+EMPTY = Content(Work(0, 0, 0, 0), 0, 0)
+
+
+def content_of(micro_batches: Iterable[MicroBatch], window: int | None) -> Content:
+    """Counted from what is handed to the models. Every example carries loss, so a segment without it is padding.
+
+    Args:
+        window: the sliding window of the layers that have one.
+    """
+    total = EMPTY
+    for part in micro_batches:
+        ends = part.cu_seqlens.numpy()
+        loss_tokens = np.histogram(part.loss_positions.numpy(), ends)[0]
+        lengths = np.diff(ends)
+        work = work_of(lengths.tolist(), len(part.tokens), len(part.targets), window)
+        total += Content(work, int(lengths[loss_tokens > 0].sum()), 1)
+    return total
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step that all ranks took together."""
+
+    seconds: float  # the slowest rank's
+    own_seconds: float
+    train: Content  # of all data-parallel ranks; read once, though both models run it
+    validation: Content
+    flops: Flops  # of all ranks
+    redrew: bool
+    record: dict[str, Any]  # as in metrics.jsonl
+    parts: dict[str, float]  # this rank's seconds by part, where a watch was given
+
+    @property
+    def positions(self) -> int:
+        """Of all passes, padding included."""
+        models = 1 if self.validation == EMPTY else 2
+        return models * self.train.work.positions + self.validation.work.positions
+
+
+def timed_step(trainer: Trainer, watch: Stopwatch | None = None) -> Step:
+    """Take a step and its record, as the trainer's loop does. The record reads the gradients' norms from the device,
+    so that the clock stops when the device is done."""
+    before = trainer.active_layers
+    started = time.perf_counter()
+    if watch is not None:
+        watch.start()
+    batch, result = trainer.take_step()
+    record = trainer.record(batch, result)
+    own = time.perf_counter() - started
+    parts = {} if watch is None else watch.stop()
+    config, groups = trainer.config, trainer.groups
+    contents = [content_of(part, config.model.shape.sliding_window) for part in (batch.train, batch.validation)]
+    first = groups.tensor_rank == 0 and groups.is_first_stage  # the other ranks of its replica hold the same examples
+    everyone: list[Any] = [None] * groups.world_size
+    dist.all_gather_object(everyone, (own, contents if first else [EMPTY, EMPTY]))
+    train, validation = (sum(parts, EMPTY) for parts in zip(*(found for _, found in everyone), strict=True))
+    active = [trainer.active_layers[role] for role in (list(Role) if validation != EMPTY else [Role.UPPER])]
+    flops = step_flops(config, trainer.models.shape.vocab_size, active, train.work, validation.work)
+    slowest = max(seconds for seconds, _ in everyone)
+    return Step(slowest, own, train, validation, flops, trainer.active_layers != before, record, parts)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def resident_bytes() -> int:
+    """Of this process now."""
+    return psutil.Process().memory_info().rss
+
+
+def peak_memory(device: torch.device, resident_before: int) -> dict[str, int]:
+    """On CUDA the allocator's bytes at their most since the reset; on the CPU the process's, who never gives back."""
+    if device.type == "cuda":
+        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        return {"allocated_bytes": allocated, "reserved_bytes": reserved}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
+    return {"resident_bytes": peak, "resident_before_bytes": resident_before}
+
+
+def device_memory(device: torch.device) -> int | None:
+    """Bytes of a GPU; None on the CPU."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+def one_flush_against_three(trainer: Trainer, step: Step, device: Device, draws: list) -> dict[str, float]:
+    """Seconds of forward and backward of all passes in one flush over those in one for each, measured in turn on the
+    slowest rank; beside it the planner's ratio for the micro-batches of `step`, and that of stages of equal speed."""
+    flushes: list[float] = []
+    ratios = []
+    with _timing_flushes(trainer, flushes):
+        for _ in range(FLUSH_PAIRS + 1):
+            for fused in (True, False):
+                trainer.config.parallel.fused_pipeline = fused
+                trainer.take_step()
+            ratios.append(flushes[-2] / flushes[-1])
+    stages, replicas = trainer.groups.num_stages, trainer.groups.data.size()
+    counts = [content.num_microbatches // replicas for content in (step.train, step.train, step.validation)]
+    total = step.train.work + step.validation.work
+    work = Work(*(round(number / (counts[0] + counts[-1]) / replicas) for number in vars(total).values()))
+    config, vocab_size = trainer.config, trainer.models.shape.vocab_size
+    planned = predict_step(config, vocab_size, replicas, device, stage_loads(config, draws), work, counts)
+    even = (sum(counts) + stages - 1) / sum(number + stages - 1 for number in counts)
+    return {
+        "measured_ratio": float(np.median(ratios[1:])),
+        "measured_ratio_least": min(ratios[1:]),
+        "measured_ratio_greatest": max(ratios[1:]),
+        "planned_ratio": (1 - planned.bubble_separate) / (1 - planned.bubble_fused),
+        "even_stages_ratio": even,
+        "planned_bubble_of_one_flush": planned.bubble_fused,
+        "planned_bubble_of_three": planned.bubble_separate,
+        "num_microbatches": counts,
+        "pairs": FLUSH_PAIRS,
+    }
+
+
+@contextmanager
+def _timing_flushes(trainer: Trainer, seconds: list[float]) -> Iterator[None]:
+    """Note what the forward and backward passes of each step take on the slowest rank."""
+    models, run = trainer.models, trainer.models._run
+    fused = trainer.config.parallel.fused_pipeline
+
+    def timed(*args: Any, **keywords: Any) -> Any:
+        dist.barrier()
+        torch.cuda.synchronize()  # does nothing on the CPU, where the seam stands in for it
+        started = time.perf_counter()
+        result = run(*args, **keywords)
+        torch.cuda.synchronize()
+        elapsed = torch.tensor(time.perf_counter() - started, device=trainer.device)
+        dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)
+        seconds.append(elapsed.item())
+        return result
+
+    models._run = timed
+    try:
+        yield
+    finally:
+        del models._run
+        trainer.config.parallel.fused_pipeline = fused
