@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron_scalebio.kernels import fp8, head_loss
 
 from tools import benchmark_kernels
-from tools.benchmarks import kernel_cases, kernel_cases_weights, kernel_peers
+from tools.benchmarks import kernel_cases, kernel_cases_activations, kernel_cases_weights, kernel_peers
 from tools.benchmarks.kernel_checks import Contender
 
 
@@ -114,6 +114,7 @@ def with_scaled_lr(operation, factor: float):
         ("sum_of_squares", kernel_cases_weights, "sum_of_squares", scaled, 1 + 1e-9, "sum"),
         ("frozen_linear", kernel_cases_weights, "frozen_linear", scaled, 1.02, "grad_x"),
         ("frozen_linear_dgrad", kernel_cases_weights, "matmul", scaled, 1.02, "grad_x"),
+        ("gated_activation", kernel_cases_activations, "gated_activation", scaled, 1.02, "grad_gate_and_up"),
     ],
 )
 def test_a_slightly_wrong_kernel_gets_no_time(tmp_path, monkeypatch, operation, module, name, spoil, factor, output):

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from megatron_scalebio.device import choose_device
-from tools.benchmarks import kernel_cases, kernel_cases_weights
+from tools.benchmarks import kernel_cases, kernel_cases_activations, kernel_cases_weights
 from tools.benchmarks.kernel_checks import (
     BANDWIDTH,
     PEER_BOUND,
@@ -44,6 +44,7 @@ OPERATIONS = {
     "fp8": kernel_cases_weights.fp8_cases,
     "frozen_linear": kernel_cases_weights.frozen_linear_cases,
     "frozen_linear_dgrad": kernel_cases_weights.frozen_linear_dgrad_cases,
+    "gated_activation": kernel_cases_activations.gated_activation_cases,
 }
 SECONDS = {"cuda": 1.0, "cpu": 0.02}  # of runs per contender
 QUICK_SECONDS = {"cuda": 0.2, "cpu": 0.02}

@@ -80,9 +80,9 @@ class GatedMLP(MLP):
 
     def forward(self, hidden_states: Tensor, **_) -> tuple[Tensor, Tensor | None]:
         """[T, 1, H] -> [T, 1, H], and no bias."""
-        between, _ = self.linear_fc1(hidden_states)
-        between = gated_activation(between, self.config.activation)  # gone with its old value, unless it is kept
-        return self.linear_fc2(between)
+        x, _ = self.linear_fc1(hidden_states)
+        x = gated_activation(x, self.config.activation)  # fc1's output is let go of, where no gradient needs it
+        return self.linear_fc2(x)
 
 
 def rotary_frequencies(head_size: int, base: float, scaling: dict[str, float] | None) -> Tensor:

@@ -175,8 +175,33 @@ def test_what_is_kept_shrinks_to_the_inputs_of_the_layers():
     layer_input = TOKENS * HIDDEN * 4
     assert full == 4 * layer_input
     assert full < selective < none
-    # Of a frozen layer's MLP: its norm's input stays, and what the product of gate and up needs goes.
-    assert none - selective >= 4 * 3 * TOKENS * FFN * 4
+    # Of a frozen layer's MLP: its norm's input stays, and gate and up go.
+    assert none - selective >= 4 * 2 * TOKENS * FFN * 4
+
+
+def kept_by_mlps(active: tuple[int, ...]) -> list[int]:
+    """Bytes that each layer's MLP keeps, parameters aside, where a gradient passes through."""
+    model, _, _ = layers_and_arguments("none", active)
+    parameters = {address(parameter) for parameter in model.parameters()}
+    sizes = []
+    for layer in model.decoder.layers:
+        kept: dict[int, Tensor] = {}
+
+        def keep(tensor: Tensor, kept: dict[int, Tensor] = kept) -> Tensor:
+            kept[address(tensor)] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            layer.mlp(torch.randn(TOKENS, 1, HIDDEN, requires_grad=True))
+        found = [tensor for place, tensor in kept.items() if place not in parameters]
+        sizes.append(sum(tensor.untyped_storage().nbytes() for tensor in found))
+    return sizes
+
+
+def test_an_mlp_keeps_gate_and_up_and_if_it_trains_the_inputs_of_its_matrices():
+    gate_and_up, inputs = TOKENS * 2 * FFN * 4, TOKENS * (HIDDEN + FFN) * 4
+    (found,) = run_distributed(1, kept_by_mlps, (1,))
+    assert found == [gate_and_up, gate_and_up + inputs, gate_and_up, gate_and_up]
 
 
 @pytest.mark.parametrize("mode", recompute.LAYERS)

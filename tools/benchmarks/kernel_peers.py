@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from megatron_scalebio.kernels.adamw import adamw_update_reference
 from megatron_scalebio.kernels.fp8 import BlockScaled, quantize, transpose
+from megatron_scalebio.kernels.gated_activation import ACTIVATIONS
 from torch import Tensor
 from torch.optim.adamw import adamw
 
@@ -264,3 +265,35 @@ def _torch_scaled_linear(inputs: Any) -> Outputs:
 
 
 FROZEN_LINEAR = (Contender("torch scaled_mm", _torch_scaled_linear),)
+
+
+def plain_gated_activation(gate_and_up: Tensor, activation: str) -> Tensor:
+    gate, up = gate_and_up.chunk(2, dim=-1)
+    return ACTIVATIONS[activation](gate) * up
+
+
+def gated_activation_outputs(operation: Callable[[Tensor, str], Tensor], inputs: Any) -> Outputs:
+    """Of a function of (gate and up, activation)."""
+    result = operation(inputs.gate_and_up, inputs.activation)
+    (gradient,) = torch.autograd.grad(result, inputs.gate_and_up, inputs.grad)
+    return {"result": result.detach(), "grad_gate_and_up": gradient}
+
+
+def _compiled_gated_activation(gate_and_up: Tensor, activation: str) -> Tensor:
+    return compiled(plain_gated_activation, gate_and_up.device.type)(gate_and_up, activation)
+
+
+def _liger_gated_activation(gate_and_up: Tensor, activation: str) -> Tensor:
+    """Takes gate and up apart, in memory of their own."""
+    from liger_kernel.ops.geglu import LigerGELUMulFunction
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    function = LigerSiLUMulFunction if activation == "silu" else LigerGELUMulFunction
+    return function.apply(*(half.contiguous() for half in gate_and_up.chunk(2, dim=-1)))
+
+
+GATED_ACTIVATION = (
+    Contender("torch", partial(gated_activation_outputs, plain_gated_activation)),
+    Contender("torch.compile", partial(gated_activation_outputs, _compiled_gated_activation)),
+    Contender("Liger", partial(gated_activation_outputs, _liger_gated_activation)),
+)
