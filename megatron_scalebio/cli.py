@@ -45,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except BrokenPipeError:  # whoever reads the output, such as `head`, has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -273,7 +276,7 @@ def _adopt_slurm_environment() -> None:
 
 def _dry_run(args: argparse.Namespace, config: "Config", dataset: "Dataset", world_size: int) -> int:
     _quiet_megatron()
-    from megatron_scalebio.plan_report import dry_run
+    from megatron_scalebio.dry_run import dry_run
 
     return 0 if dry_run(config, dataset, world_size, args.gpu_memory) else 1
 

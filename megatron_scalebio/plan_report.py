@@ -1,4 +1,4 @@
-"""What `plan` and `--dry-run` print: a configuration's layout, its bytes, its step, and layouts that do better."""
+"""What `plan` prints: a configuration's layout, its bytes, its step, and layouts that do better."""
 
 import json
 import time
@@ -7,18 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_scalebio.config import Config, SourceConfig, UserError, changed_from_preset
+from megatron_scalebio.config import Config, SourceConfig, UserError
 from megatron_scalebio.config_rules import check_config
-from megatron_scalebio.data import Dataset
 from megatron_scalebio.data.tokenizers import load_tokenizer
-from megatron_scalebio.device import find_cuda, gpu_memory
 from megatron_scalebio.estimates import model_parameters
 from megatron_scalebio.flops import six_n_equivalent
 from megatron_scalebio.layout_search import ROOM, search_layouts
-from megatron_scalebio.mcore.rehearsal import rehearse
-from megatron_scalebio.planner import Plan, StageMemory, layout_of, make_plan
+from megatron_scalebio.planner import Plan, layout_of, make_plan
 from megatron_scalebio.step_memory import CUDA_CONTEXT, FRAGMENTATION, GIB, NCCL_COMMUNICATOR
-from megatron_scalebio.step_time import EFFICIENCY, H100, HOST_LINK, NETWORK, NVLINK, Device, device_of
+from megatron_scalebio.step_time import EFFICIENCY, HOST_LINK, NETWORK, NVLINK, Device, device_of
 
 MOST_LAYOUTS = 6
 
@@ -73,70 +70,19 @@ def without_data(config: Config) -> Config:
     return replace(config, data=replace(data, sources=sources, validation=data.validation or "any"))
 
 
-def dry_run(config: Config, dataset: Dataset, world_size: int, gib: float | None) -> bool:
-    """Print the layout, the batch, the data, what each stage holds, and what differs from the preset.
-
-    For GPUs the memory is that of the real step, rehearsed on fake tensors; for the CPU it is arithmetic.
-
-    Args:
-        gib: memory of a GPU; None: this machine's, else an H100's.
-
-    Returns: whether the run fits on its GPUs; of the CPU it is not asked.
-    """
-    vocab_size = config.model.shape.vocab_size or dataset.tokenizer.vocab_size
-    plan = make_plan(config, vocab_size, world_size, int(H100.memory * GIB), H100)
-    on_gpus = config.run.device != "cpu" and config.precision.compute != "fp64"
-    if on_gpus:
-        print("rehearsing a step of every pipeline stage on fake tensors ...", flush=True)
-        stages = [rehearsed(plan, stage) for stage in range(config.parallel.pipeline)]
-        memory = gib or (gpu_memory() / GIB if find_cuda() else H100.memory)  # asked last: it starts CUDA
-        plan = replace(plan, memory=int(memory * GIB), stages=stages)
-    print("\n".join(_dry_run_lines(plan, dataset)))
-    if on_gpus:
-        print(plan.verdict)
-    return plan.fits or not on_gpus
-
-
-def rehearsed(plan: Plan, stage: int) -> StageMemory:
-    """What a stage holds of tensors at its peak, counted, and the plan's reserves for what is no tensor."""
-    planned = plan.stages[stage]
-    rank = stage * plan.world_size // plan.config.parallel.pipeline
-    found = rehearse(plan.config, plan.world_size, rank, plan.vocab_size, on_cuda=True)
-    reserves = {part: planned.parts[part] for part in ("communication buffers", "allocator reserve")}
-    parts = dict.fromkeys(planned.parts, 0) | found.parts | reserves | {"host masters": found.host_masters}
-    return StageMemory(stage, found.period, parts)
-
-
-def _dry_run_lines(plan: Plan, dataset: Dataset) -> Iterator[str]:
-    config, bilevel = plan.config, plan.config.bilevel
-    yield _layout_line(plan)
-    yield _batch_line(config)
-    for name, examples in zip(dataset.source_names, dataset.train, strict=True):
-        truncated, dropped = dataset.num_truncated[name], dataset.num_dropped[name]
-        yield f"source {name}: {len(examples)} examples, {truncated} of them truncated; {dropped} dropped"
-    yield f"validation: {len(dataset.validation)} examples; test: {len(dataset.test)} examples"
-    yield _parameters_line(plan)
-    yield from _memory_lines(plan)
-    changes = changed_from_preset(config)
-    yield f"differs from preset {bilevel.preset}:" if changes else f"settings as preset {bilevel.preset}"
-    for key, (preset, value) in changes.items():
-        yield f"  {key}: {value} (preset: {preset})"
-    yield f"outputs: {config.run.output_dir}"
-
-
 def plan_lines(plan: Plan) -> Iterator[str]:
     """The configuration's own layout: whether it fits, and what its step takes."""
     config, step, flops = plan.config, plan.time, plan.flops
-    yield _parameters_line(plan)
-    yield _layout_line(plan)
-    yield _batch_line(config)
+    yield parameters_line(plan)
+    yield layout_line(plan)
+    yield batch_line(config)
     numbers = " + ".join(map(str, plan.num_microbatches))
     yield (
         f"assumed: every example fills {config.data.max_length} positions, and all carry loss (the most that can be);"
         f" so {numbers} micro-batches a step"
     )
     yield ""
-    yield from _memory_lines(plan)
+    yield from memory_lines(plan)
     yield plan.verdict
     yield ""
     yield f"a step, predicted from ceilings of {plan.device.name} below; nothing of it is measured:"
@@ -222,7 +168,7 @@ def settings_of(config: Config) -> list[str]:
     return [f"'{key}={value}'" if "[" in str(value) else f"{key}={value}" for key, value in values.items()]
 
 
-def _layout_line(plan: Plan) -> str:
+def layout_line(plan: Plan) -> str:
     layout = layout_of(plan.config, plan.data_parallel)
     counts = layout["layers_per_stage"]
     layers = f"{counts[0]} layers per stage" if len(set(counts)) == 1 else f"layers per stage {counts}"
@@ -232,7 +178,7 @@ def _layout_line(plan: Plan) -> str:
     )
 
 
-def _batch_line(config: Config) -> str:
+def batch_line(config: Config) -> str:
     bilevel, data = config.bilevel, config.data
     examples = f"{bilevel.global_batch_size} training examples"
     if bilevel.mode == "bilevel":
@@ -243,13 +189,13 @@ def _batch_line(config: Config) -> str:
     )
 
 
-def _parameters_line(plan: Plan) -> str:
+def parameters_line(plan: Plan) -> str:
     models = "lower and upper" if plan.config.bilevel.mode == "bilevel" else "upper"
     count = model_parameters(plan.config.model.family, plan.config.model.shape, plan.vocab_size)
     return f"parameters: {count:,} each of {models}; vocabulary {plan.vocab_size:,}"
 
 
-def _memory_lines(plan: Plan) -> Iterator[str]:
+def memory_lines(plan: Plan) -> Iterator[str]:
     """One column for each stage."""
     unit, size = ("GiB", GIB) if plan.fullest.total > 4 * GIB else ("MiB", GIB / 1024)
     yield f"{unit} per rank, each stage in its fullest period:"

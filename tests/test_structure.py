@@ -18,6 +18,7 @@ FLOORS = (
     ("bilevel", "planner"),
     ("mcore", "metrics", "checkpoint", "layout_search"),
     ("trainer", "report", "plan_report", "preflight"),
+    ("dry_run",),
     ("cli",),
     ("tools", "examples"),
     ("__main__",),
