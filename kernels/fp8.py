@@ -4,9 +4,13 @@ A number is its e4m3 value times its block's fp32 scale. A scale covers 128x128 
 activation; blocks at the edges are cut off. Quantisation is a pure function of the numbers: equal weights of the two
 models have equal FP8, so that what differs between their losses is never the rounding.
 
-A block whose largest magnitude is a gets the scale a / 448, so that a lands on e4m3's largest number and nothing
-saturates; a scale is at least the smallest normal fp32 number, so that zeros and denormal numbers divide by something.
-A block with a NaN or an infinity in it has the scale NaN and is NaN throughout: bad numbers are never cut to size.
+A block's scale is the smallest power of two by which its largest magnitude is at most 448, e4m3's largest number, so
+that nothing saturates; it is a normal fp32 number, so that zeros and denormal numbers divide by something. A scale
+between powers of two would gain nothing, since e4m3 is as fine everywhere. It would lose what the hypergradient lives
+on: the weights and activations of the two models differ by little, and a scale that follows the largest number moves
+the grid under its whole block, which then rounds anew, in each model for itself. A power of two stays, and nearly equal
+numbers round alike. Within 1/16 of the largest fp32 number one may come back as infinity. A block with a NaN or an
+infinity in it has the scale NaN and is NaN throughout: bad numbers are never cut to size.
 
 Every kernel moves a tile of [rows, 128] once: as wide as a block, so that a block's largest magnitude never leaves the
 program, with rows of which each is read and written in whole 16-byte vectors.
@@ -23,8 +27,6 @@ from megatron_scalebio.kernels.dispatch import on_triton
 from torch import Tensor
 
 BLOCK = 128
-E4M3_MAX = 448.0
-SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 ROWS_PER_TILE = 32  # where a program needs no whole 128x128 block
 
 
@@ -40,7 +42,8 @@ class BlockScaled:
 def quantize(x: Tensor, block_rows: int) -> BlockScaled:
     """[R, C] bf16 or fp32 to FP8, `data` row-major.
 
-    A number's error is half a step of e4m3: at most 1/16 of it, or 2^-10 of its block's scale if that is more.
+    A number's error is half a step of e4m3: at most 1/16 of it, or 2^-10 of its block's scale if that is more. To
+    divide by a scale is exact.
     """
     if not on_triton(x):
         return quantize_reference(x, block_rows)
@@ -51,7 +54,7 @@ def quantize(x: Tensor, block_rows: int) -> BlockScaled:
     tile_rows = max(block_rows, ROWS_PER_TILE)
     _quantize_kernel[_grid(rows, columns, tile_rows)](
         *(x, data, scale, rows, columns, *scale.stride()),
-        **dict(MAX=E4M3_MAX, SMALLEST=SMALLEST_NORMAL, BLOCK_ROWS=block_rows, TILE_ROWS=tile_rows, BLOCK=BLOCK),
+        **dict(BLOCK_ROWS=block_rows, TILE_ROWS=tile_rows, BLOCK=BLOCK),
         num_warps=tile_rows // 8,
     )
     return BlockScaled(data, scale, block_rows)
@@ -64,8 +67,9 @@ def quantize_reference(x: Tensor, block_rows: int) -> BlockScaled:
     padded = x.new_zeros(scale.shape[0] * block_rows, scale.shape[1] * BLOCK, dtype=torch.float32)
     padded[:rows, :columns] = x
     largest = padded.view(scale.shape[0], block_rows, scale.shape[1], BLOCK).abs().amax(dim=(1, 3))
-    quotient = largest / torch.full_like(largest, E4M3_MAX)  # by a Python number CUDA would multiply by its inverse
-    scale.copy_(torch.where(largest.isfinite(), quotient.clamp(min=SMALLEST_NORMAL), torch.nan))
+    # 448 is 1.75 * 2^8: a mantissa above 1.75 carries into the exponent.
+    bits = (((largest.view(torch.int32) + 0x1FFFFF) & 0x7F800000) - (8 << 23)).clamp(min=1 << 23)
+    scale.copy_(torch.where(largest.isfinite(), bits.view(torch.float32), torch.nan))
     spread = _spread(scale, block_rows, rows, columns)
     data = torch.where(spread.isnan(), 0.0, x.float() / spread)
     return BlockScaled(data.to(torch.float8_e4m3fn), scale, block_rows)
@@ -144,8 +148,6 @@ def _quantize_kernel(
     columns,
     scale_stride_row,
     scale_stride_column,
-    MAX: tl.constexpr,
-    SMALLEST: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,  # 1, or TILE_ROWS
     TILE_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -157,8 +159,10 @@ def _quantize_kernel(
     if BLOCK_ROWS > 1:
         largest = tl.max(largest, axis=0, keep_dims=True)
     finite = largest < 0x7F800000
-    scale = tl.maximum(tl.div_rn(largest.to(tl.float32, bitcast=True), MAX), SMALLEST)
-    data = tl.where(finite, tl.div_rn(x, scale), 0.0)
+    scale_bits = tl.maximum(((largest + 0x1FFFFF) & 0x7F800000) - (8 << 23), 1 << 23)
+    scale = scale_bits.to(tl.float32, bitcast=True)
+    inverse = ((254 << 23) - scale_bits).to(tl.float32, bitcast=True)  # a power of two's has the negative exponent
+    data = tl.where(finite, x * inverse, 0.0)
     tl.store(data_ptr + offset, data.to(tl.float8e4nv), mask=inside)
 
     block_row = first_row // BLOCK_ROWS + tl.arange(0, TILE_ROWS // BLOCK_ROWS)[:, None]

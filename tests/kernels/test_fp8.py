@@ -107,23 +107,37 @@ def test_a_block_errs_by_half_a_step_of_e4m3_at_its_own_scale_and_bad_blocks_are
     bad = ~largest.isfinite()
     assert torch.equal(found.isnan(), bad)
 
-    # e4m3 has steps of 2^-3 of a number's power of two, of 2^-9 below 2^-6. Two roundings of fp32 add 2^-22 of x.
-    scale = (largest / 448).clamp(min=TINY)
+    # e4m3 has steps of 2^-3 of a number's power of two, of 2^-9 below 2^-6. A scale is a power of two: nothing else
+    # is rounded.
+    scale = torch.exp2((largest / 448).clamp(min=TINY).log2().ceil())
+    assert not (q.scale[q.scale.isfinite()].double().log2() % 1).any()
     power = torch.exp2((x.double() / scale).abs().clamp(min=2**-6).log2().floor())
-    allowed = scale * power * 2**-4 + x.double().abs() * 2**-22
+    allowed = scale * power * 2**-4
     assert ((found - x.double()).abs() <= allowed)[~bad].all()
-    assert ((found - x.double()).abs() <= largest * (1 / 28 + 1e-6))[~bad & (largest > 448 * TINY)].all()
+    assert ((found - x.double()).abs() <= largest / 16)[~bad & (largest > 448 * TINY)].all()
     assert not found[largest == 0].any()
 
 
 @pytest.mark.parametrize("block_rows", BLOCK_ROWS)
-@pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1e30, FAR])
-def test_the_largest_number_of_a_block_is_the_largest_of_e4m3_and_comes_back(magnitude, block_rows):
+@pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1.75, 448.0, 449.0, 1e30, FAR / 2])
+def test_the_largest_number_of_a_block_lies_in_the_upper_half_of_e4m3_and_never_above(magnitude, block_rows):
     x = torch.rand(256, 256, generator=torch.Generator().manual_seed(1)) * magnitude
     x[:, 5::BLOCK] = magnitude
     q = quantize(x, block_rows)
-    assert (q.data[:, 5::BLOCK].float() == 448).all()
-    torch.testing.assert_close(dequantize(q, torch.float32)[:, 5::BLOCK], x[:, 5::BLOCK], rtol=2**-23, atol=0)
+    found = q.data[:, 5::BLOCK].float()
+    assert ((found >= 224) & (found <= 448)).all()
+    back = dequantize(q, torch.float32)
+    torch.testing.assert_close(back[:, 5::BLOCK], x[:, 5::BLOCK], rtol=2**-4, atol=0)
+    assert back.isfinite().all()
+
+
+@pytest.mark.parametrize("block_rows", BLOCK_ROWS)
+def test_nearly_equal_numbers_round_alike_though_the_largest_of_their_block_has_moved(block_rows):
+    """Two models a step apart. A grid that followed the largest number would have every number rounded anew."""
+    x = torch.randn(256, 256, generator=torch.Generator().manual_seed(1))
+    y = x * (1 + 1e-5)
+    equal = (dequantize(quantize(x, block_rows), torch.float32) == dequantize(quantize(y, block_rows), torch.float32))
+    assert equal.float().mean() > 0.99
 
 
 @pytest.mark.parametrize("block_rows", BLOCK_ROWS)
@@ -142,18 +156,15 @@ def test_quantisation_depends_on_the_numbers_alone(block_rows):
 
 
 @pytest.mark.parametrize("block_rows", BLOCK_ROWS)
-def test_requantising_keeps_the_data_and_moves_a_scale_by_a_unit_in_the_last_place_of_the_dtype_between(block_rows):
+def test_numbers_that_have_been_through_fp8_come_through_it_again_as_they_are(block_rows):
+    """As a stored checkpoint's may have."""
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(300, 400, generator=generator) * torch.exp2(torch.randint(-80, 80, (300, 1), generator=generator))
     once = quantize(x, block_rows)
     for dtype in (torch.float32, torch.bfloat16):
-        twice = quantize(dequantize(once, dtype), block_rows)
-        assert torch.equal(twice.data.view(torch.uint8), once.data.view(torch.uint8))
-        torch.testing.assert_close(twice.scale, once.scale, rtol=torch.finfo(dtype).eps, atol=0)
-    numbers = dequantize(twice, torch.bfloat16)  # that have been through FP8 before, as a stored checkpoint's
-    thrice = quantize(numbers, block_rows)
-    assert_same(thrice, twice)
-    assert torch.equal(dequantize(thrice, torch.bfloat16), numbers)
+        numbers = dequantize(once, dtype)
+        assert torch.equal(numbers, dequantize(once, torch.float32).to(dtype))
+        assert torch.equal(dequantize(quantize(numbers, block_rows), dtype), numbers)
 
 
 # The 32B shapes, whole and one of 8 tensor-parallel shards, and a ragged one. Registers per thread, shared bytes per

@@ -77,8 +77,7 @@ def test_the_product_errs_no_more_than_plain_code_of_the_same_precision():
 def check_errors() -> None:
     """Against the exact product of the FP8 operands; plain code has them dequantised, in fp32.
 
-    In the interpreter, whose sums of 128 numbers have all bits of fp32, the kernel gets 0.3 of plain code's error, as
-    its products are exact; and the same once both are rounded to bf16.
+    Scales are powers of two, so that both have exact products, and sums of fp32.
     """
     generator = torch.Generator().manual_seed(3)
     for rows, columns, inner in [(5, 130, 2100), (130, 40, 1024)]:
@@ -87,7 +86,7 @@ def check_errors() -> None:
         operands = [dequantize_reference(operand, torch.float32) for operand in (x, w)]
         exact = exact_product(x, w)
         plain = operands[0] @ operands[1].T
-        for dtype, multiple in [(torch.float32, 0.5), (torch.bfloat16, 1.001)]:
+        for dtype, multiple in [(torch.float32, 1.1), (torch.bfloat16, 1.001)]:
             error = (matmul(x, w, dtype).double() - exact).norm()
             allowed = (plain.to(dtype).double() - exact).norm()
             assert error <= multiple * allowed, (dtype, error / allowed)

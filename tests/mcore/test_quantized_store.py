@@ -1,5 +1,7 @@
 """Frozen layers in FP8: one copy of one byte a number, exact masters, and equal numbers in equal models."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -78,6 +80,25 @@ def check_block(run: RankRun, role: Role, block, frozen_in_fp8: bool) -> None:
         assert master.dtype == torch.float32 and master.numel() == block.numel // run.groups.data.size()
 
 
+def test_a_layer_that_never_trained_is_read_once_for_both_models():
+    run_distributed(2, follow_reads, case_of("DP2", "optimizer.lr=0.01"))
+
+
+def follow_reads(case: Case) -> None:
+    run = RankRun(case)
+    store, thawed = run.models.store, set()
+    with mock.patch.object(store, "initial_weights", wraps=store.initial_weights) as read:
+        for step in range(1, case.steps + 1):
+            run.redraw(step)
+            active = [f"layers.{layer}" for layer in run.active_layers[Role.UPPER]]
+            for name in set(active) - thawed:
+                lower, upper = (run.blocks(role)[name].weights for role in Role)
+                assert torch.equal(lower, upper) and lower.data_ptr() != upper.data_ptr()
+            thawed.update(active)
+            assert sorted(call.args[0].name for call in read.call_args_list) == sorted(thawed)
+            run.take_step()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_linear_of_a_frozen_layer_computes_from_fp8(layout):
     """Four linears a layer. What FP8 replaces is NaN: a linear that computed from it would show."""
@@ -151,8 +172,8 @@ def follow_masters(case: Case) -> None:
 
 def test_fp8_changes_losses_a_little_and_gradients_point_the_same_way():
     """Both factors of a product are off by up to 1/16, 4% rms of the two together, and so is a sum of products with
-    random signs, relative to its size. With three of four layers frozen a loss errs by less than twice that, and a
-    gradient, which goes through the layers both ways, by less than a quarter."""
+    random signs, relative to its size. A loss errs by less than twice that. A gradient goes through the four linears of
+    three frozen layers both ways: by less than twice 4% * sqrt(24)."""
     coarse, fine = (
         run_case(Case((frozen, "precision.compute=fp32", *ONE_LAYER, "optimizer.lr=0"), 1, steps=1))[0]
         for frozen in ("precision.frozen_weights=fp8", "precision.frozen_weights=null")
@@ -162,4 +183,4 @@ def test_fp8_changes_losses_a_little_and_gradients_point_the_same_way():
         assert 0 < ((coarse.result.train_loss[role] - loss) / loss).abs().max() < 0.08
         for name, gradient in fine.gradients[role].items():
             error = coarse.gradients[role][name] - gradient
-            assert 0 < error.norm() / gradient.norm() < 0.25, name
+            assert 0 < error.norm() / gradient.norm() < 0.4, name
