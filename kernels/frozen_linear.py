@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 from megatron_scalebio.kernels.dispatch import on_triton
-from megatron_scalebio.kernels.fp8 import BLOCK, BlockScaled, dequantize_reference, quantize, transpose
+from megatron_scalebio.kernels.fp8 import BLOCK, BlockScaled, dequantize, dequantize_reference, quantize, transpose
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -33,18 +33,19 @@ NUM_WARPS = 8
 REGISTERS = 128  # per thread: two programs of 8 warps share the 65,536 of a multiprocessor
 
 
-def frozen_linear(x: Tensor, weight: BlockScaled) -> Tensor:
+def frozen_linear(x: Tensor, weight: BlockScaled, rounds_inputs: bool = True) -> Tensor:
     """`x @ weight.T`, with the gradient of `x` alone.
-
-    Both products round their left operand to FP8 first, in blocks of 1x128 numbers: `x`, and the output's gradient.
 
     Args:
         x: [..., K] bf16 or fp32.
         weight: [N, K] in blocks of 128x128, row-major. Nothing else is kept for the backward pass.
+        rounds_inputs: both products round their left operand to FP8 first, in blocks of 1x128 numbers: `x`, and the
+            output's gradient. Without, they are products in the dtype of `x`, to which the weight is widened each time
+            into scratch memory.
 
     Returns: [..., N] in the dtype of `x`.
     """
-    return _FrozenLinear.apply(x, weight)
+    return (_FrozenLinear if rounds_inputs else _WideFrozenLinear).apply(x, weight)
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -58,6 +59,17 @@ class _FrozenLinear(torch.autograd.Function):
         # The transposed weight is gone when this returns: the allocator hands the same memory to the next layer, in
         # the order of the stream, so all layers share one scratch buffer.
         return _times(grad, transpose(BlockScaled(*ctx.saved_tensors, BLOCK))), None
+
+
+class _WideFrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight.data, weight.scale)
+        return x @ dequantize(weight, x.dtype).T
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad @ dequantize(BlockScaled(*ctx.saved_tensors, BLOCK), grad.dtype), None
 
 
 def _times(x: Tensor, w: BlockScaled) -> Tensor:

@@ -1,8 +1,8 @@
 """LISA (arXiv 2403.17919): which decoder layers are active in a period.
 
 A draw is a function of (seed, period, num_layers) and the settings alone, hence equal on every rank and under every
-layout. Embedding, final norm and head are always active; the other layers are frozen: they neither move nor decay, and
-their optimizer states are dropped.
+layout. Of embedding, final norm and head, which no draw is about, those of `lisa.always_active` are active in every
+period. What is not active is frozen: it neither moves nor decays, and its optimizer states are dropped.
 """
 
 import random

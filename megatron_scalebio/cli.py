@@ -9,6 +9,7 @@ import argparse
 import ctypes
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -224,7 +225,8 @@ def _status_of_ranks(error: "ChildFailedError", told: bool) -> int:  # noqa: F82
 def _report_user_error(message: str) -> None:
     """Rank 0 prints; another rank leaves the message where the launcher finds it, should rank 0 not share the error.
 
-    Rank 0 leaves a mark, too: once another has failed it may be stopped before its own exit status tells.
+    Rank 0 leaves a mark, too: once another has failed it may be stopped before its own exit status tells. Under Slurm
+    without torchrun nobody reads the message, so a node's first rank, which checks the node, prints it.
     """
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if _is_main_rank():
@@ -233,6 +235,9 @@ def _report_user_error(message: str) -> None:
             Path(error_file).with_name(TOLD).touch()
     elif error_file:
         Path(error_file).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
+    elif os.environ.get("LOCAL_RANK") == "0":
+        rank = os.environ["RANK"]
+        print(f"error: {socket.gethostname()}, rank {rank}: {message}", file=sys.stderr, flush=True)
 
 
 def _is_main_rank() -> bool:
@@ -298,8 +303,8 @@ def _plan(args: argparse.Namespace) -> int:
     from megatron_scalebio.config import UserError, given_settings, load_config
     from megatron_scalebio.plan_report import write_plan
 
-    if args.gpu_memory <= 0 or (args.gpus is not None and args.gpus < 1):
-        raise UserError(f"--gpus {args.gpus}, --gpu-memory {args.gpu_memory}: must be positive")
+    if not 0 < args.gpu_memory < math.inf or (args.gpus is not None and args.gpus < 1):
+        raise UserError(f"--gpus {args.gpus}, --gpu-memory {args.gpu_memory}: must be positive and finite")
     config = load_config(args.config, args.overrides)
     if config.model.hf_path is not None:
         from megatron_scalebio.hf import adopt_checkpoint

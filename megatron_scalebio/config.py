@@ -120,6 +120,7 @@ class OptimizerConfig:
 class PrecisionConfig:
     compute: str = "bf16"  # fp64 (CPU, for parity) | fp32 | bf16 | fp8
     frozen_weights: str | None = None  # None: as compute (bf16 under fp8) | bf16 | fp8: linears of frozen layers
+    frozen_inputs: str = "compute"  # of products with fp8 weights: compute (as precision.compute) | fp8 (rounded, too)
     fp8_recipe: str = "blockwise"  # of compute=fp8: blockwise | tensorwise
 
 

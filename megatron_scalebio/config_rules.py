@@ -21,6 +21,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "optimizer.schedule": ("cosine", "constant"),
     "precision.compute": ("fp64", "fp32", "bf16", "fp8"),
     "precision.frozen_weights": (None, "bf16", "fp8"),
+    "precision.frozen_inputs": ("compute", "fp8"),
     "precision.fp8_recipe": ("blockwise", "tensorwise"),
     "optimizer.moments": (None, "bf16", "fp8"),
     "parallel.recompute": ("none", "selective", "full"),

@@ -84,9 +84,10 @@ def find_cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def gpu_memory() -> int:
-    """Bytes of the smallest GPU of this machine."""
-    return min(torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count()))
+def gpu_memory(ranks_here: int) -> int:
+    """Bytes of the smallest GPU of those that so many ranks on this machine drive: the first ones, one each."""
+    count = min(ranks_here, torch.cuda.device_count())
+    return min(torch.cuda.get_device_properties(index).total_memory for index in range(count))
 
 
 def has_nccl() -> bool:
@@ -115,10 +116,9 @@ def choose_device(setting: str) -> torch.device:
 def install_cpu_seam() -> None:
     """Let Megatron-Core run in this process on the CPU. Idempotent.
 
-    Raises: RuntimeError where CUDA is in use: redirecting it there would put tensors on the wrong device in silence.
+    Only for a process that has chosen the CPU for all it does. CUDA may have been started in it all the same, as
+    importing Transformer Engine does.
     """
-    if torch.cuda.is_initialized():
-        raise RuntimeError("install_cpu_seam: CUDA is in use in this process; Megatron-Core needs no seam on CUDA")
     torch.cuda.current_device = lambda: CPU
     torch.cuda.synchronize = lambda device=None: None
     schedules = importlib.import_module("megatron.core.pipeline_parallel.schedules")
@@ -130,8 +130,6 @@ def install_cpu_seam() -> None:
 def rehearsal() -> Iterator[None]:
     """Run Megatron-Core on fake tensors of the CPU, on a machine with or without CUDA: the seam is in place, and
     `read_back` reads zeros, since fake tensors hold no numbers. Afterwards both are as they were.
-
-    Raises: RuntimeError where CUDA is in use in this process.
     """
     global _reads_zeros
     schedules = importlib.import_module("megatron.core.pipeline_parallel.schedules")

@@ -1,5 +1,6 @@
 """`--dry-run`: what a run would do, and whether it fits, from the real step of every pipeline stage on fake tensors."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -7,7 +8,7 @@ from megatron_scalebio.config import Config, UserError, changed_from_preset
 from megatron_scalebio.data import Dataset
 from megatron_scalebio.device import find_cuda, gpu_memory
 from megatron_scalebio.mcore.rehearsal import rehearse
-from megatron_scalebio.plan_report import batch_line, layout_line, memory_lines, parameters_line
+from megatron_scalebio.plan_report import batch_line, compute_lines, layout_line, memory_lines, parameters_line
 from megatron_scalebio.planner import Plan, StageMemory, make_plan
 from megatron_scalebio.step_memory import GIB
 from megatron_scalebio.step_time import H100
@@ -23,15 +24,15 @@ def dry_run(config: Config, dataset: Dataset, world_size: int, gib: float | None
 
     Returns: whether the run fits on its GPUs; of the CPU it is not asked. Raises: UserError.
     """
-    if gib is not None and gib <= 0:
-        raise UserError(f"--gpu-memory {gib:g}: must be positive")
+    if gib is not None and not 0 < gib < math.inf:
+        raise UserError(f"--gpu-memory {gib:g}: must be positive and finite")
     vocab_size = config.model.shape.vocab_size or dataset.tokenizer.vocab_size
     plan = make_plan(config, vocab_size, world_size, int(H100.memory * GIB), H100)
     on_gpus = config.run.device != "cpu" and config.precision.compute != "fp64"
     if on_gpus:
         print("rehearsing a step of every pipeline stage on fake tensors ...", flush=True)
         stages = [rehearsed(plan, stage) for stage in range(config.parallel.pipeline)]
-        memory = gib or (gpu_memory() / GIB if find_cuda() else H100.memory)  # asked last: it starts CUDA
+        memory = gib or (gpu_memory(world_size) / GIB if find_cuda() else H100.memory)
         plan = replace(plan, memory=int(memory * GIB), stages=stages)
     print("\n".join(_lines(plan, dataset)))
     if on_gpus:
@@ -40,12 +41,13 @@ def dry_run(config: Config, dataset: Dataset, world_size: int, gib: float | None
 
 
 def rehearsed(plan: Plan, stage: int) -> StageMemory:
-    """What a stage holds of tensors at its peak, counted, and the plan's reserves for what is no tensor."""
+    """What a stage holds of tensors at its peak, counted; the plan's reserves for what is no tensor, and its masters on
+    the host, which are most in another period than the rehearsed one."""
     planned = plan.stages[stage]
     rank = stage * plan.world_size // plan.config.parallel.pipeline
     found = rehearse(plan.config, plan.world_size, rank, plan.vocab_size, on_cuda=True)
-    reserves = {part: planned.parts[part] for part in ("communication buffers", "allocator reserve")}
-    parts = dict.fromkeys(planned.parts, 0) | found.parts | reserves | {"host masters": found.host_masters}
+    as_planned = ("communication buffers", "allocator reserve", "host masters")
+    parts = dict.fromkeys(planned.parts, 0) | found.parts | {part: planned.parts[part] for part in as_planned}
     return StageMemory(stage, found.period, parts)
 
 
@@ -59,6 +61,7 @@ def _lines(plan: Plan, dataset: Dataset) -> Iterator[str]:
     yield f"validation: {len(dataset.validation)} examples; test: {len(dataset.test)} examples"
     yield parameters_line(plan)
     yield from memory_lines(plan)
+    yield from compute_lines(config)
     changes = changed_from_preset(config)
     yield f"differs from preset {bilevel.preset}:" if changes else f"settings as preset {bilevel.preset}"
     for key, (preset, value) in changes.items():

@@ -16,7 +16,7 @@ WEIGHT_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp8": 2}  # of precision.compu
 MASTER_BYTES = {"fp64": 8, "fp32": 4, "bf16": 4, "fp8": 4}
 FP8_BLOCK = 128  # rows and columns of a frozen FP8 weight that share one fp32 scale, and numbers of an FP8 moment
 ALIGNMENT = 128
-ALWAYS_ACTIVE = ("embedding", "final_norm", "head")  # the blocks that are no decoder layer
+NOT_LAYERS = ("embedding", "final_norm", "head")  # the blocks that are no decoder layer
 
 
 def head_size(shape: ShapeConfig) -> int:
@@ -169,7 +169,7 @@ def rank_bytes(
     numel = layer_numel(config.model.family, config.model.shape, config.parallel.tensor)
     add(numel, frozen_layer_bytes(config, data_parallel), num_copies, num_active, num_trained)
     for block, numel in stage_blocks(config, vocab_size, stage).items():
-        if block in ALWAYS_ACTIVE:
+        if block in NOT_LAYERS:
             copies = num_models if block in config.lisa.always_active else 0
             add(numel, padded_block(numel, data_parallel) * weight, max(copies, 1), copies, copies)
     return parts
@@ -178,16 +178,3 @@ def rank_bytes(
 def on_device(parts: dict[str, int]) -> int:
     """Bytes of all parts but the masters on the host."""
     return sum(size for part, size in parts.items() if part != "host masters")
-
-
-def peak_rank_bytes(
-    config: Config, vocab_size: int, data_parallel: int, draws: Sequence[Sequence[Collection[int]]]
-) -> tuple[int, int, dict[str, int]]:
-    """(stage, period, bytes by part) where and when a rank's device holds most; host masters do not count."""
-    peaks = []
-    thawed: list[set[int]] = [set() for _ in draws[0]]
-    for period, active in enumerate(draws):
-        thawed = [before | set(layers) for before, layers in zip(thawed, active, strict=True)]
-        for stage in range(config.parallel.pipeline):
-            peaks.append((stage, period, rank_bytes(config, vocab_size, data_parallel, stage, active, thawed)))
-    return max(peaks, key=lambda peak: on_device(peak[2]))

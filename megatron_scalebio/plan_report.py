@@ -83,6 +83,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     )
     yield ""
     yield from memory_lines(plan)
+    yield from compute_lines(config)
     yield plan.verdict
     yield ""
     yield f"a step, predicted from ceilings of {plan.device.name} below; nothing of it is measured:"
@@ -193,6 +194,15 @@ def parameters_line(plan: Plan) -> str:
     models = "lower and upper" if plan.config.bilevel.mode == "bilevel" else "upper"
     count = model_parameters(plan.config.model.family, plan.config.model.shape, plan.vocab_size)
     return f"parameters: {count:,} each of {models}; vocabulary {plan.vocab_size:,}"
+
+
+def compute_lines(config: Config) -> Iterator[str]:
+    """What a plan leaves out of the compute dtype."""
+    if config.precision.compute == "fp8":
+        yield (
+            "precision.compute=fp8 is planned as bf16: products of what trains take bf16's time, and what Transformer"
+            " Engine keeps in FP8 is not counted"
+        )
 
 
 def memory_lines(plan: Plan) -> Iterator[str]:

@@ -4,17 +4,26 @@ What is needed comes from the plan, by arithmetic; what is there is asked of the
 """
 
 import shutil
+import sys
 from pathlib import Path
 
 from megatron_scalebio.config import Config, UserError
 from megatron_scalebio.device import find_cuda, gpu_memory, has_nccl
-from megatron_scalebio.estimates import model_parameters
+from megatron_scalebio.estimates import (
+    MASTER_BYTES,
+    WEIGHT_BYTES,
+    layer_numel,
+    model_parameters,
+    padded_block,
+    stage_blocks,
+)
 from megatron_scalebio.planner import Plan, make_plan
 from megatron_scalebio.step_memory import GIB
 from megatron_scalebio.step_time import device_of
 
 SHARED_MEMORY = 2**30  # bytes that NCCL may take of /dev/shm with eight ranks; Docker gives 64 MiB unless asked
-EXPORT_BYTES = {"bf16": 2, "fp32": 4}
+EXPORT_BYTES = {"bf16": 2, "fp8": 2, "fp32": 4}
+MEMORY_INFO, CONTROL_GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 # On the CPU these parts are the host's memory; what else the plan counts is of CUDA.
 STATE = ("frozen weights", "active weights", "gradients", "masters", "moments", "host masters")
 
@@ -22,19 +31,29 @@ STATE = ("frozen weights", "active weights", "gradients", "masters", "moments", 
 def check_machine(config: Config, vocab_size: int, world_size: int, ranks_here: int) -> None:
     """Check this machine for `ranks_here` of the run's ranks. Raises: UserError, with all that is missing."""
     on_cuda = config.run.device != "cpu" and find_cuda()
-    memory = gpu_memory() if on_cuda else 0
+    memory = gpu_memory(ranks_here) if on_cuda else 0
     plan = make_plan(config, vocab_size, world_size, memory, device_of(memory / GIB))
     problems = _host_memory(plan, ranks_here, on_cuda) + _disk(plan)
-    if on_cuda:
+    if on_cuda and config.precision.compute == "fp64":
+        problems.append(
+            f"precision.compute=fp64 is for parity on the CPU, and run.device={config.run.device} takes this machine's"
+            " GPU: set run.device=cpu"
+        )
+    elif on_cuda:
         problems += _gpus(plan) + _communication(ranks_here, world_size)
     if problems:
         raise UserError("\n".join(problems))
 
 
 def _gpus(plan: Plan) -> list[str]:
+    """What does not fit even without the assumed reserve is a problem; what needs part of it may fit, and is tried."""
     if plan.fits:
         return []
-    return [f"on this machine's GPUs the run {plan.verdict}; python -m megatron_scalebio plan searches other layouts"]
+    told = f"on this machine's GPUs the run {plan.verdict}"
+    if max(stage.total - stage.parts["allocator reserve"] for stage in plan.stages) > plan.memory:
+        return [f"{told}; python -m megatron_scalebio plan searches other layouts"]
+    print(f"warning: {told}; without the allocator reserve, which is assumed, it fits, so it is tried", file=sys.stderr)
+    return []
 
 
 def _communication(ranks_here: int, world_size: int) -> list[str]:
@@ -54,8 +73,11 @@ def _host_memory(plan: Plan, ranks_here: int, on_cuda: bool) -> list[str]:
     available = host_memory()
     if available is None:
         return []
-    parts = ("host masters",) if on_cuda else STATE
-    by_stage = sorted((sum(stage.parts[part] for part in parts) for stage in plan.stages), reverse=True)
+    if on_cuda:
+        by_stage = [_page_locked(plan, stage.parts["host masters"]) for stage in plan.stages]
+    else:
+        by_stage = [sum(stage.parts[part] for part in STATE) for stage in plan.stages]
+    by_stage.sort(reverse=True)
     per_stage = plan.world_size // len(plan.stages)
     by_rank = [size for size in by_stage for _ in range(per_stage)]
     needed = sum(by_rank[:ranks_here])
@@ -71,21 +93,32 @@ def _host_memory(plan: Plan, ranks_here: int, on_cuda: bool) -> list[str]:
     ]
 
 
+def _page_locked(plan: Plan, host_masters: int) -> int:
+    """Bytes that a rank's masters on the host take page-locked: torch rounds each, the shard of a decoder layer, up to
+    a power of two."""
+    config = plan.config
+    layer = layer_numel(config.model.family, config.model.shape, config.parallel.tensor)
+    shard = padded_block(layer, plan.data_parallel) // plan.data_parallel * MASTER_BYTES[config.precision.compute]
+    return host_masters // shard * 2 ** (shard - 1).bit_length()
+
+
 def host_memory() -> int | None:
     """Bytes that this machine, or the container's limit, has left for programs; None where Linux does not tell."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = MEMORY_INFO.read_text().splitlines()
     except OSError:
         return None
     available = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
     try:  # control groups, version 2
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        limit = (CONTROL_GROUP / "memory.max").read_text().strip()
+        used = int((CONTROL_GROUP / "memory.current").read_text())
+        used_for = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines())
     except OSError:
         return available
     if limit == "max" or available is None:
         return available
-    return min(available, int(limit) - used)
+    file_cache = int(used_for["active_file"]) + int(used_for["inactive_file"])  # given up for whoever needs memory
+    return min(available, int(limit) - used + file_cache)
 
 
 def _disk(plan: Plan) -> list[str]:
@@ -94,22 +127,27 @@ def _disk(plan: Plan) -> list[str]:
     while not folder.exists():
         folder = folder.parent
     number, size = checkpoints(plan)
-    export = export_bytes(config, plan.vocab_size) if config.run.export else 0
+    exported = config.run.resume == "auto" and (Path(config.run.output_dir) / "hf").exists()
+    export = export_bytes(config, plan.vocab_size) if config.run.export and not exported else 0
     needed, free = number * size + export, shutil.disk_usage(folder).free
     if needed <= free:
         return []
+    remedies = [f"raise run.save_every={config.run.save_every}"] if number > 1 else []
+    remedies += ["set run.export=false"] if export else []
     return [
-        f"run.output_dir={config.run.output_dir}: {number} checkpoints of up to {size / GIB:.1f} GiB and an export of"
-        f" {export / GIB:.1f} GiB need {needed / GIB:.1f} GiB, and {free / GIB:.1f} are free: raise"
-        f" run.save_every={config.run.save_every}, set run.export=false, or write elsewhere"
+        f"run.output_dir={config.run.output_dir}: {number} checkpoint{'' if number == 1 else 's'} of up to"
+        f" {size / GIB:.1f} GiB and an export of {export / GIB:.1f} GiB need {needed / GIB:.1f} GiB, and"
+        f" {free / GIB:.1f} are free: {', or '.join([*remedies, 'write elsewhere'])}"
     ]
 
 
 def checkpoints(plan: Plan) -> tuple[int, int]:
-    """Number of checkpoints of the run, and bytes of its largest: exact weights of what has trained, moments of what
-    trains, and what both models share unless it is read again from where it came from (FP8)."""
+    """Number of checkpoints that the run has yet to write, and bytes of its largest: exact weights of what has trained,
+    moments of what trains, and what both models share unless it is a layer that is read again from where it came from
+    (FP8)."""
     config, run = plan.config, plan.config.run
-    number = 1 if run.save_every == 0 else -(-config.bilevel.steps // run.save_every)
+    regular = range(run.save_every, config.bilevel.steps, run.save_every) if run.save_every else ()
+    number = sum(step > _steps_done(config) for step in (*regular, config.bilevel.steps))
     parts = ["masters", "host masters", "moments"]
     if config.precision.frozen_weights != "fp8":
         parts += ["frozen weights"]
@@ -122,7 +160,35 @@ def checkpoints(plan: Plan) -> tuple[int, int]:
         for stage in plan.stages
         for part in parts
     )
+    if config.precision.frozen_weights == "fp8":
+        size += _frozen_tables(plan)
     return number, size
+
+
+def _steps_done(config: Config) -> int:
+    """The step that the run continues from: its newest checkpoint's, 0 where it begins.
+
+    Read here since `checkpoint.newest_checkpoint` would bring Megatron-Core into the launcher.
+    """
+    if config.run.resume != "auto":
+        return 0
+    folder = Path(config.run.output_dir) / "checkpoints"
+    steps = [path.name.removeprefix("step_") for path in folder.glob("step_*")]
+    return max((int(step) for step in steps if step.isdigit()), default=0)
+
+
+def _frozen_tables(plan: Plan) -> int:
+    """Bytes, over all ranks, of the frozen blocks that are no decoder layer. They are stored once and never in FP8, so
+    a checkpoint has them whatever it does with frozen layers."""
+    config = plan.config
+    always = config.lisa.always_active
+    numels = [
+        padded_block(numel, plan.data_parallel)
+        for stage in range(config.parallel.pipeline)
+        for block, numel in stage_blocks(config, plan.vocab_size, stage).items()
+        if not block.startswith("layers.") and block not in always
+    ]
+    return sum(numels) * config.parallel.tensor * WEIGHT_BYTES[config.precision.compute]
 
 
 def export_bytes(config: Config, vocab_size: int) -> int:

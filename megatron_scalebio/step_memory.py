@@ -105,6 +105,9 @@ def _backward_bytes(config: Config, active: bool) -> int:
     if active:
         at_fc2 = sizes.feed_forward + fc2 * number  # its input's gradient and its weight's
         at_fc1 = fc1 * number - sizes.feed_forward  # what the MLP kept is gone, but for fc1's output's gradient
+    elif config.precision.frozen_weights == "fp8" and config.precision.frozen_inputs == "compute":
+        at_fc2 = sizes.feed_forward + fc2 * number  # the weight, widened
+        at_fc1 = fc1 * number + sizes.feed_forward
     elif config.precision.frozen_weights == "fp8":
         at_fc2 = sizes.feed_forward + sizes.whole // number + fc2  # the gradient in FP8, the weight transposed
         at_fc1 = fc1 + 2 * sizes.feed_forward // number

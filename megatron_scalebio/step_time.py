@@ -246,7 +246,7 @@ class _Clock:
     def _layer(self, active: bool) -> tuple[float, float]:
         """(forward, backward) seconds of one decoder layer that a gradient passes through."""
         config, recompute = self.config, self.config.parallel.recompute
-        fp8 = self.fp8 and not active
+        fp8 = self.fp8 and not active and config.precision.frozen_inputs == "fp8"
         products = {name: self._product(*size, fp8) for name, size in self.linears.items()}
         attention = (attention_flops(config, 0, self.work) + attention_flops(config, 1, self.work)) / 2
         attention /= self.device.flops["bf16"] * EFFICIENCY["attention"]
@@ -255,8 +255,12 @@ class _Clock:
         backward = sum(products.values()) + 2.5 * attention + self._between(forward=False, fp8=fp8) + 2 * collective
         if active:  # the weight's gradient is written in the compute dtype, read again and added in fp32
             backward += sum(products.values()) + self._traffic((2 * self.number + 8) * self.layer_numel)
+        matrices = sum(rows * columns for rows, columns in self.linears.values())
         if fp8:
-            backward += self._traffic(2 * sum(rows * columns for rows, columns in self.linears.values()))  # transposed
+            backward += self._traffic(2 * matrices)  # transposed
+        elif self.fp8 and not active:
+            forward += self._traffic((1 + self.number) * matrices)  # widened
+            backward += self._traffic((1 + self.number) * matrices)
         again = sum(products[name] for name in recomputed_linears(config, active))
         if recompute == "selective":
             again += self._between(forward=True, fp8=fp8) / 2

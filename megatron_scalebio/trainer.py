@@ -3,10 +3,12 @@
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_scalebio.active_layers import Role, draw_active_layers, period_of
 from megatron_scalebio.bilevel import Bilevel, NonFinite, StepResult, evaluation_pass
@@ -17,6 +19,7 @@ from megatron_scalebio.device import choose_device, read_back
 from megatron_scalebio.mcore.attention import choose_attention
 from megatron_scalebio.mcore.export import export_model
 from megatron_scalebio.mcore.host import MegatronModels
+from megatron_scalebio.mcore.parameters import NamedParameter
 from megatron_scalebio.mcore.process_groups import start_process_groups
 from megatron_scalebio.metrics import MetricsWriter
 from megatron_scalebio.source_weights import SourceWeights
@@ -32,9 +35,18 @@ def train(config: Config, dataset: Dataset) -> int:
 
 
 class Trainer:
-    """One run on one rank: models, source weights and data, at the step after which they stand."""
+    """One run on one rank: models, source weights and data, at the step after which they stand.
 
-    def __init__(self, config: Config, dataset: Dataset):
+    Args:
+        initial_weights: see `MegatronModels`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        dataset: Dataset,
+        initial_weights: Callable[[NamedParameter], Tensor] | None = None,
+    ):
         self.config, self.dataset = config, dataset
         self.device = choose_device(config.run.device)
         self.groups = start_process_groups(config.parallel, self.device)
@@ -42,7 +54,7 @@ class Trainer:
         vocab_size = config.model.shape.vocab_size or dataset.tokenizer.vocab_size
         checkpoint = newest_checkpoint(config) if config.run.resume == "auto" else None
         self.models = MegatronModels(
-            config, self.groups, self.device, vocab_size, loads=checkpoint is None
+            config, self.groups, self.device, vocab_size, initial_weights, loads=checkpoint is None
         )
         if self.groups.rank == 0:
             print(f"attention: {choose_attention(config.model, self.device, self.models.dtype).line}")

@@ -7,11 +7,14 @@ import subprocess
 import sys
 from argparse import Namespace
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from torch.nn import Parameter
 
 from megatron_scalebio.active_layers import Role
 from megatron_scalebio.config import UserError, load_config
@@ -20,6 +23,7 @@ from megatron_scalebio.data.packing import build_micro_batch
 from megatron_scalebio.estimates import model_parameters
 from megatron_scalebio.flops import Work, causal_pairs, step_flops
 from megatron_scalebio.mcore.dual_model import DualModel
+from megatron_scalebio.mcore.parameters import NamedParameter
 from megatron_scalebio.step_time import H100
 from tests.distributed import run_distributed
 from tools import benchmark_throughput
@@ -212,6 +216,43 @@ def test_the_flops_are_those_of_the_whole_batch_under_every_layout(layout):
             assert step.flops == step_flops(config, 258, draw, step.train.work, step.validation.work)
             assert step.positions == 2 * 8 * 32 + 4 * 32
         assert [step.redrew for step in steps] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    "device, hf_path, made", [("cuda", None, True), ("cuda", "folder", False), ("cpu", None, False)]
+)
+def test_random_weights_are_made_on_a_gpu_alone(device, hf_path, made):
+    config = load_config(None, TINY)
+    config.model.hf_path = hf_path
+    assert (throughput_run.initial_weights(config, torch.device(device)) is not None) == made
+
+
+def test_random_weights_are_a_function_of_the_name():
+    def made(name: str, shape: tuple[int, ...], **attributes) -> torch.Tensor:
+        tensor = Parameter(torch.empty(shape, dtype=torch.bfloat16, device="meta"))
+        vars(tensor).update(attributes)
+        return throughput_run.random_weights(CPU, NamedParameter(name, tensor, shape, None, False))
+
+    matrix = made("decoder.layers.1.mlp.linear_fc1.weight", (301, 99))
+    assert matrix.dtype == torch.bfloat16 and matrix.float().std().item() == pytest.approx(0.02, rel=0.02)
+    assert torch.equal(matrix, made("decoder.layers.1.mlp.linear_fc1.weight", (301, 99)))
+    assert not torch.equal(matrix, made("decoder.layers.2.mlp.linear_fc1.weight", (301, 99)))
+    assert made("decoder.final_layernorm.weight", (5,)).tolist() == [1] * 5
+    assert made("decoder.final_layernorm.weight", (5,), neutral=0.0).tolist() == [0] * 5
+    assert made("decoder.layers.1.self_attention.linear_qkv.bias", (5,)).tolist() == [0] * 5
+
+
+def test_the_tool_begins_at_the_weights_it_makes(tmp_path):
+    names = run_distributed(1, run_from_made_weights, tmp_path)[0]
+    assert len(names) == len(set(names)) and {"embedding.word_embeddings.weight", "output_layer.weight"} < set(names)
+
+
+def run_from_made_weights(folder: Path) -> list[str]:
+    """On a rank: the parameters that were made."""
+    make = mock.Mock(side_effect=partial(throughput_run.random_weights, CPU))
+    with mock.patch.object(throughput, "initial_weights", return_value=make):
+        run(folder, "--steps", "1")
+    return [call.args[0].name for call in make.call_args_list]
 
 
 def made_step(seconds: float) -> Step:

@@ -152,17 +152,23 @@ def test_train_alone_is_a_world_of_one(monkeypatch):
     seen = []
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(cli, "prepare", lambda args, world_size: seen.append((args.overrides, world_size)) or (1, 2))
-    monkeypatch.setattr(cli, "_print_plan", lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr(cli, "_dry_run", lambda args, *arguments: seen.append(arguments) or 0)
     assert cli.main(["train", "--config", "x.yaml", "a=1", "--dry-run", "b=2"]) == 0
     assert seen == [(["a=1", "b=2"], 1), (1, 2, 1)]
 
 
-@pytest.mark.parametrize("rank, printed", [("0", "error: rule\n"), ("1", "")])
-def test_only_rank_zero_prints_a_user_error(monkeypatch, capsys, rank, printed):
+@pytest.mark.parametrize(
+    "rank, local_rank, printed",
+    [("0", "0", "error: rule\n"), ("1", "1", ""), ("8", "0", "error: node2, rank 8: rule\n")],
+)
+def test_rank_zero_and_the_first_of_another_node_print_a_user_error(monkeypatch, capsys, rank, local_rank, printed):
     def refuse(args):
         raise UserError("rule")
 
     monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    monkeypatch.setattr(cli.socket, "gethostname", lambda: "node2")
     monkeypatch.setattr(cli, "_train", refuse)
     assert cli.main(["train"]) == 2
     assert capsys.readouterr().err == printed

@@ -8,6 +8,7 @@ from argparse import Namespace
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -19,16 +20,17 @@ from megatron_scalebio.mcore.export import export_model
 from megatron_scalebio.trainer import Trainer
 from tests.distributed import run_distributed
 from tests.hf.tiny_models import CONFIGS, random_model
-from tests.test_real_models import RUN, TP2, dataset, tensors
+from tests.test_real_models import FP8, RUN, TP2, dataset, tensors
 from tools import convert_checkpoint
 
 REPOSITORY = Path(__file__).parents[1]
 
 
-def test_a_checkpoint_exports_as_the_run_itself_does_and_equals_what_transformers_computes(tmp_path):
+@pytest.mark.parametrize("overrides", [(), (FP8,)], ids=str)
+def test_a_checkpoint_exports_as_the_run_itself_does_and_equals_what_transformers_computes(tmp_path, overrides):
     source, run = tmp_path / "source", tmp_path / "run"
     random_model(CONFIGS["llama3"](), torch.float32).save_pretrained(source)
-    run_distributed(2, train, source, run, tmp_path / "direct")
+    run_distributed(2, train, source, run, tmp_path / "direct", *overrides)
     assert run_distributed(2, convert, run / "checkpoints" / "step_3", tmp_path / "converted") == [0, 0]
     direct, converted = tensors(tmp_path / "direct"), tensors(tmp_path / "converted")
     assert set(direct) == set(converted)
@@ -36,10 +38,11 @@ def test_a_checkpoint_exports_as_the_run_itself_does_and_equals_what_transformer
         assert torch.equal(tensor, converted[name]), name
 
 
-def test_a_wrong_tensor_is_not_equal(tmp_path):
+@pytest.mark.parametrize("overrides", [(), (FP8,)], ids=str)
+def test_a_wrong_tensor_is_not_equal(tmp_path, overrides):
     source, run = tmp_path / "source", tmp_path / "run"
     random_model(CONFIGS["llama3"](), torch.float32).save_pretrained(source)
-    run_distributed(2, train, source, run, tmp_path / "direct")
+    run_distributed(2, train, source, run, tmp_path / "direct", *overrides)
     assert run_distributed(2, convert, run / "checkpoints" / "step_3", tmp_path / "wrong", True) == [1, 0]
 
 
@@ -110,9 +113,9 @@ def trainer_for(source: Path, run: Path, *overrides: str) -> Trainer:
     return Trainer(config, dataset())
 
 
-def train(source: Path, run: Path, target: Path) -> None:
+def train(source: Path, run: Path, target: Path, *overrides: str) -> None:
     """On every rank: three steps, a checkpoint, the run's own export."""
-    finish(trainer_for(source, run), target)
+    finish(trainer_for(source, run, *overrides), target)
 
 
 def finish(trainer: Trainer, target: Path) -> None:
@@ -125,11 +128,11 @@ def finish(trainer: Trainer, target: Path) -> None:
 
 
 def convert(checkpoint: Path, folder: Path, spoiled: bool = False) -> int:
-    """On every rank: the tool's export; spoiled: of a layer whose weights have moved by one."""
+    """On every rank: the tool's export; spoiled: of an embedding whose weights have moved by one."""
     arguments = Namespace(checkpoint=checkpoint, folder=folder, dtype=None, verify=True)
 
     def spoil(models, target, end_id):
-        block = models.store.blocks[Role.UPPER]["layers.1"]
+        block = models.store.blocks[Role.UPPER]["embedding"]
         kept = block.weights.clone()
         block.weights.copy_(kept.roll(1))
         export_model(models, target, end_id)

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,12 +16,22 @@ def test_megatron_core_depends_on_cuda_where_the_seam_says(location):
     assert location.source in inspect.getsource(importlib.import_module(location.module)), location.why
 
 
-def test_the_seam_refuses_to_install_itself_where_cuda_is_in_use(monkeypatch):
-    before = torch.cuda.current_device, torch.cuda.synchronize, torch.Tensor.cuda
+def test_a_rehearsal_runs_where_cuda_has_been_started_and_leaves_it_as_it_was(monkeypatch):
+    """Importing Transformer Engine starts it."""
+    before = torch.cuda.current_device, torch.cuda.synchronize
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    with pytest.raises(RuntimeError, match="CUDA is in use"):
-        device.install_cpu_seam()
-    assert (torch.cuda.current_device, torch.cuda.synchronize, torch.Tensor.cuda) == before
+    with device.rehearsal():
+        assert torch.cuda.current_device() == device.CPU
+    assert (torch.cuda.current_device, torch.cuda.synchronize) == before
+
+
+@pytest.mark.parametrize("ranks_here, smallest", [(1, 80), (2, 40), (3, 16), (8, 16)])
+def test_only_the_gpus_that_ranks_drive_count(monkeypatch, ranks_here, smallest):
+    """The third is a display's; a dry run may plan for more ranks than there are GPUs."""
+    memory = [80, 40, 16]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(memory))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=memory[index]))
+    assert device.gpu_memory(ranks_here) == smallest
 
 
 def test_cuda_asked_for_by_name_is_refused_where_there_is_none(monkeypatch):

@@ -7,16 +7,18 @@ import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from megatron_scalebio import cli
-from megatron_scalebio.config import Config, SourceConfig, load_config
+from megatron_scalebio import cli, dry_run, plan_report
+from megatron_scalebio.config import Config, SourceConfig, UserError, load_config
 from megatron_scalebio.config_rules import check_config
+from megatron_scalebio.estimates import rank_bytes
 from megatron_scalebio.hf import adopt_checkpoint
 from megatron_scalebio.layout_search import ROOM, search_layouts
 from megatron_scalebio.plan_report import settings_of
-from megatron_scalebio.planner import Plan, make_plan, num_microbatches
+from megatron_scalebio.planner import Plan, make_plan, num_microbatches, stage_memory
 from megatron_scalebio.step_memory import GIB
 from megatron_scalebio.step_time import H100, H200, StageLoad, flush_seconds, stage_loads
 
@@ -107,10 +109,46 @@ def test_a_layout_for_another_number_of_gpus_is_told_and_others_are_searched(tmp
     assert plan["fits"] is False and plan["ranks"] == [] and plan["best"]
 
 
-@pytest.mark.parametrize("arguments", [["--gpus", "0"], ["--gpu-memory", "-1"], ["parallel.tensor=3"], ["x=1"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(["--gpus", "0"], ["parallel.tensor=3"], ["x=1"]),
+        *(["--gpu-memory", memory] for memory in ("-1", "0", "nan", "inf")),
+    ],
+)
 def test_mistakes_are_refused(arguments, capsys):
     assert cli.main(["plan", f"model.hf_path={QWEN_32B}", *arguments]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize("gib", [-1.0, 0.0, math.nan, math.inf])
+def test_a_dry_run_refuses_memory_that_no_gpu_has(gib):
+    with pytest.raises(UserError, match="--gpu-memory .* positive and finite"):
+        dry_run.dry_run(qwen_32b(), None, 1, gib)
+
+
+@pytest.mark.parametrize("compute, told", [("bf16", False), ("fp8", True)])
+def test_fp8_that_is_planned_as_bf16_is_told(compute, told):
+    plan = plan_of(8, "parallel.pipeline=8", "bilevel.steps=20", f"precision.compute={compute}")
+    dataset = SimpleNamespace(source_names=[], train=[], validation=[], test=[])
+    for lines in (plan_report.plan_lines(plan), dry_run._lines(plan, dataset)):
+        assert ("precision.compute=fp8 is planned as bf16" in "\n".join(lines)) == told
+
+
+def test_masters_on_the_host_are_those_of_the_period_that_has_most():
+    """The device of this stage is fullest in a period where fewer layers have trained: the host goes on to fill."""
+    config = qwen_32b("parallel.pipeline=8", "precision.frozen_weights=fp8", "bilevel.steps=20")
+    draws = [[[0], [0]], [[1, 2], [1, 2]], [[3], [3]]]
+    first, second, third = (
+        rank_bytes(config, VOCAB_SIZE, 1, 0, draw, [{layer for past in draws[: period + 1] for layer in past[0]}] * 2)
+        for period, draw in enumerate(draws)
+    )
+    found = stage_memory(config, VOCAB_SIZE, 1, 0, draws)
+    assert found.period == 1
+    assert found.parts["active weights"] == second["active weights"] > third["active weights"]
+    assert found.parts["host masters"] == third["host masters"] > second["host masters"] > first["host masters"]
+    plan = make_plan(config, VOCAB_SIZE, 8, H100_BYTES, H100, draws)
+    assert dry_run.rehearsed(plan, 0).parts["host masters"] == third["host masters"]
 
 
 def test_planning_starts_no_process_group_and_reads_no_data(tmp_path):

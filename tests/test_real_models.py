@@ -146,6 +146,36 @@ def fail_to_export(source: Path, target: Path, failing: str) -> str:
     return str(error.value)
 
 
+def test_weights_that_cannot_be_read_again_are_told_on_all_ranks(saved, tmp_path):
+    """Layers in FP8 that never trained are read while the ranks gather tensors: none may be left waiting."""
+    messages = run_distributed(2, lose_the_source, saved("qwen2", torch.bfloat16), tmp_path / "hf")
+    assert len(set(messages)) == 1 and "could not be exported: rank 1: stale file handle" in messages[0]
+    assert not (tmp_path / "hf").exists()
+
+
+def lose_the_source(source: Path, target: Path) -> str:
+    """On every rank: the message of an export during which the last rank's source is gone."""
+    trainer = trainer_for(source, (TP2, BF16, FP8))
+    trainer.take_step()
+    if dist.get_rank() == 1:
+        trainer.models.store.initial = mock.Mock(side_effect=OSError("stale file handle"))
+    with pytest.raises(UserError) as error:
+        export_model(trainer.models, target, end_id=256)
+    return str(error.value)
+
+
+def test_a_run_that_computes_in_fp8_exports_bf16(saved, tmp_path):
+    run_distributed(1, export_fp8, saved("llama3", torch.float32), tmp_path / "hf")
+    assert {tensor.dtype for tensor in tensors(tmp_path / "hf").values()} == {torch.bfloat16}
+
+
+def export_fp8(source: Path, target: Path) -> None:
+    """On a rank: the weights that compute=fp8 has, which a machine without a GPU refuses."""
+    trainer = trainer_for(source, (BF16,))
+    trainer.config.precision.compute = "fp8"
+    export_model(trainer.models, target, end_id=256)
+
+
 def test_loading_takes_one_copy_of_the_weights_and_less_than_a_tensor_beside_it(tmp_path):
     """Both models from one read, in a process of its own; by the kernel's count of memory that is no file's."""
     sizes = dict(vocab_size=40_000, hidden_size=256, intermediate_size=4096, num_hidden_layers=4)
@@ -193,10 +223,7 @@ print(seen[0], max(*seen, anonymous()))
 
 def train(source: Path, target: Path, overrides: tuple[str, ...], steps: int) -> dict:
     """On every rank: some steps from a checkpoint, the test loss, an export."""
-    config = load_config(None, [*RUN, f"model.hf_path={source}", "data.tokenizer=bytes", *overrides])
-    adopt_checkpoint(config, {})
-    config.data.sources = []
-    trainer = Trainer(config, dataset())
+    trainer = trainer_for(source, overrides)
     ever_active: set[str] = set()
     for _ in range(steps):
         trainer.take_step()
@@ -204,6 +231,13 @@ def train(source: Path, target: Path, overrides: tuple[str, ...], steps: int) ->
     test_loss = trainer.evaluate()
     export_model(trainer.models, target, end_id=256)
     return {"test_loss": test_loss, "ever_active": ever_active}
+
+
+def trainer_for(source: Path, overrides: tuple[str, ...]) -> Trainer:
+    config = load_config(None, [*RUN, f"model.hf_path={source}", "data.tokenizer=bytes", *overrides])
+    adopt_checkpoint(config, {})
+    config.data.sources = []
+    return Trainer(config, dataset())
 
 
 def dataset() -> Dataset:

@@ -15,7 +15,7 @@ from megatron_scalebio.hf import Shard, ShardWriter, begin_export, export_config
 from megatron_scalebio.hf.mapping import join_shards, to_theirs
 from megatron_scalebio.mcore.host import MegatronModels
 
-EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp32": torch.float32}
 FAILURES = (OSError, SafetensorError, UserError)  # of disks and folders: no program's fault
 
 
@@ -34,19 +34,19 @@ def export_model(models: MegatronModels, folder: Path, end_id: int) -> None:
     content, partial = begun[0]
     writes = groups.tensor_rank == 0 and groups.data.rank() == 0
     writer = ShardWriter(partial, groups.stage, dtype, int(config.run.export_shard_gb * 1e9)) if writes else None
-    failure: Exception | None = None
-    for name, tensor in _full_tensors(models):
-        if writer is None or failure is not None:
+    failures: list[Exception] = []  # told below: the other ranks wait in the next tensor's gather
+    for name, tensor in _full_tensors(models, failures):
+        if writer is None or failures:
             continue
         try:
             for theirs, part in to_theirs(config.model.family, models.shape, name, tensor).items():
                 writer.add(theirs, part)
-        except FAILURES as error:  # told below: the other ranks wait in the next tensor's gather
-            failure = error
+        except FAILURES as error:
+            failures.append(error)
 
     def close() -> list[Shard]:
-        if failure is not None:
-            raise failure
+        if failures:
+            raise failures[0]
         return [] if writer is None else writer.close()
 
     by_rank = zip(_together(lambda: groups.stage), _together(close), strict=True)
@@ -80,12 +80,13 @@ def _together(action: Callable[[], Any]) -> list[Any]:
     return [result for result, _ in outcomes]
 
 
-def _full_tensors(models: MegatronModels) -> Iterator[tuple[str, Tensor]]:
+def _full_tensors(models: MegatronModels, failures: list[Exception]) -> Iterator[tuple[str, Tensor]]:
     """(global name, full tensor) of this stage's parameters of the upper model, equal on all its ranks. The tied head
-    on a stage of its own comes too, as the embedding's copy that it is."""
+    on a stage of its own comes too, as the embedding's copy that it is. What cannot be read is zero, and its failure
+    appended: the gathers go on."""
     groups = models.groups
     for name, block in models.store.blocks[Role.UPPER].items():
-        flat = _exact_weights(models, name)
+        flat = _exact_weights(models, name, failures)
         for parameter, local in zip(block.parameters, block.views(flat), strict=True):
             shards = [local]
             if parameter.shard_dim is not None and groups.tensor.size() > 1:
@@ -94,11 +95,15 @@ def _full_tensors(models: MegatronModels) -> Iterator[tuple[str, Tensor]]:
             yield parameter.name, join_shards(parameter.name, shards)
 
 
-def _exact_weights(models: MegatronModels, name: str) -> Tensor:
+def _exact_weights(models: MegatronModels, name: str, failures: list[Exception]) -> Tensor:
     """A block of the upper model, flat: as exact as it is kept, gathered over data parallelism."""
     block, exact = models.store.blocks[Role.UPPER][name], models.exact(Role.UPPER, name)
     if exact is None:  # in FP8, and never active
-        return models.store.initial_weights(block)
+        try:
+            return models.store.initial_weights(block)
+        except FAILURES as error:
+            failures.append(error)
+            return torch.zeros(block.numel, dtype=models.dtype, device=models.device)
     if block.weights is not None and exact.dtype == block.weights.dtype:
         return block.weights
     flat = torch.empty(block.numel, dtype=exact.dtype, device=models.device)

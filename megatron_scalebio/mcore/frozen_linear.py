@@ -43,7 +43,7 @@ class _Products:
         """None: Megatron-Core's, in the compute dtype."""
         quantized = getattr(self.weight, "quantized", None)
         if quantized is not None:
-            return partial(frozen_linear, weight=quantized)
+            return partial(frozen_linear, weight=quantized, rounds_inputs=self.config.rounds_frozen_inputs)
         trains_in_fp8 = self.config.active_fp8_recipe is not None and self.weight.requires_grad
         return self._trained_product if trains_in_fp8 else None
 

@@ -61,7 +61,7 @@ class MegatronModels:
     def _initial_weights(self) -> Callable[[NamedParameter], Tensor]:
         model, place = self.config.model, (self.groups.tensor_rank, self.groups.tensor.size())
         if model.hf_path is None:
-            return partial(random_shard, model.shape, self.config.run.seed, self.device, *place)
+            return partial(random_shard, model.shape, self.config.run.seed, *place)
         checkpoint = Checkpoint(model.hf_path)
         return lambda parameter: read_shard(checkpoint, model.family, self.shape, parameter.name, *place)
 

@@ -70,6 +70,7 @@ def decoder_config(config: Config, device: torch.device) -> DecoderConfig:
         final_softcap=shape.final_softcap,
         post_norms=family.post_norms,
         recompute=parallel.recompute,
+        rounds_frozen_inputs=config.precision.frozen_inputs == "fp8",
         active_fp8_recipe=precision.fp8_recipe if precision.compute == "fp8" else None,
     )
 

@@ -1,7 +1,8 @@
 """Parameters by global name: their full shapes, this rank's shards, and initial weights equal under every layout.
 
 A global name is Megatron-Core's with the layer's number counted from the whole model's first layer. A block is what
-LISA freezes and thaws as one: `layers.7`, or one of the three that always train, `embedding`, `final_norm`, `head`.
+LISA freezes and thaws as one: `layers.7`, or one of the three that are no decoder layer, `embedding`, `final_norm`,
+`head`.
 """
 
 import math
@@ -95,24 +96,25 @@ def shard(parameter: NamedParameter, full: Tensor, tensor_rank: int, tensor_size
 
 
 def random_shard(
-    shape: ShapeConfig, seed: int, device: torch.device, tensor_rank: int, tensor_size: int, parameter: NamedParameter
+    shape: ShapeConfig, seed: int, tensor_rank: int, tensor_size: int, parameter: NamedParameter
 ) -> Tensor:
     """A tensor-parallel rank's shard of a parameter's initial weights, as Megatron's: normal with deviation 0.02,
     projections into the residual stream scaled by 1 / sqrt(2 * num_layers), norms neutral, biases 0.
 
-    The full tensor, made on `device`, is a function of (seed, name) and the device's type alone, in the parameter's
-    dtype; fp64 runs begin at fp32's values.
+    The full tensor is a function of (seed, name) alone, in the parameter's dtype; fp64 runs begin at fp32's values. It
+    is made on the CPU: a layer in FP8 that never trained is made anew wherever a checkpoint is loaded, and another
+    device's generator would make another one.
     """
     name, dtype = parameter.name, parameter.tensor.dtype
     if name.endswith("norm.weight"):
-        full = torch.full(parameter.shape, getattr(parameter.tensor, "neutral", 1.0), dtype=dtype, device=device)
+        full = torch.full(parameter.shape, getattr(parameter.tensor, "neutral", 1.0), dtype=dtype)
     elif name.endswith(".bias"):
-        full = torch.zeros(parameter.shape, dtype=dtype, device=device)
+        full = torch.zeros(parameter.shape, dtype=dtype)
     else:
         if shape.tied_embeddings and name == "output_layer.weight":
             name = "embedding.word_embeddings.weight"
         residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
         deviation = 0.02 / math.sqrt(2 * shape.num_layers) if residual else 0.02
-        generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
-        full = torch.randn(parameter.shape, generator=generator, device=device).mul_(deviation).to(dtype)
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+        full = torch.randn(parameter.shape, generator=generator).mul_(deviation).to(dtype)
     return shard(parameter, full, tensor_rank, tensor_size)

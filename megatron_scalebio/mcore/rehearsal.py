@@ -71,7 +71,7 @@ def rehearse(config: Config, world_size: int, rank: int, vocab_size: int, on_cud
         vocab_size: the model's vocabulary, before padding.
         on_cuda: which device the run is planned for. fp64, which is for the CPU, takes the CPU's paths either way.
 
-    Raises: RuntimeError where torch.distributed or CUDA is in use in this process.
+    Raises: RuntimeError where torch.distributed is in use in this process.
     """
     if dist.is_initialized():
         raise RuntimeError("rehearse: torch.distributed is in use in this process")

@@ -185,7 +185,7 @@ class WeightStore:
         """
         block, master = self.blocks[role][name], self.masters.take((role, name))
         if block.quantized is not None:
-            block.hold(self.initial_weights(block) if master is None else self._rounded(block, master))
+            block.hold(self._never_active(role, name) if master is None else self._rounded(block, master))
         elif self.is_shared(name):
             block.hold(block.weights.clone())
         for parameter in block.parameters:
@@ -217,6 +217,17 @@ class WeightStore:
         block.hold(self._rounded(block, self.masters[role, name].to(self.device)))
         if self._rounds_frozen(block):
             block.hold(block.quantize())
+
+    def _never_active(self, role: Role, name: str) -> Tensor:
+        """The flat tensor of a block in FP8 that has never been active in this model.
+
+        FP8 needs shared draws: if the other model holds the block flat, it has thawed it in this very redraw, and no
+        update has come since. Its weights are the initial ones, which need not be read a second time.
+        """
+        for other in self.blocks.keys() - {role}:
+            if (weights := self.blocks[other][name].weights) is not None:
+                return weights.clone()
+        return self.initial_weights(self.blocks[role][name])
 
     def _rounds_frozen(self, block: Block) -> bool:
         return self.quantizes and block.is_layer

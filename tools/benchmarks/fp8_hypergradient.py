@@ -20,11 +20,13 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+# precision.compute, frozen_weights and frozen_inputs; the first is what the others are held against.
 PRECISIONS = {
-    "fp32": ("fp32", None),
-    "bf16": ("bf16", None),
-    "fp32, frozen layers in fp8": ("fp32", "fp8"),
-    "bf16, frozen layers in fp8": ("bf16", "fp8"),
+    "fp32": ("fp32", None, "compute"),
+    "fp32, frozen weights fp8": ("fp32", "fp8", "compute"),
+    "fp32, frozen weights and inputs fp8": ("fp32", "fp8", "fp8"),
+    "bf16": ("bf16", None, "compute"),
+    "bf16, frozen weights fp8": ("bf16", "fp8", "compute"),
 }
 
 
@@ -104,8 +106,8 @@ def main() -> int:
             ever_active.setdefault(role, set()).update(layers)
     batches = [trainer.sampler.step(args.steps + 1 + index) for index in range(args.batches)]
     found = {}
-    for name, (compute, frozen) in PRECISIONS.items():
-        precision = replace(config.precision, compute=compute, frozen_weights=frozen)
+    for name, (compute, frozen, inputs) in PRECISIONS.items():
+        precision = replace(config.precision, compute=compute, frozen_weights=frozen, frozen_inputs=inputs)
         variant = replace(config, precision=precision)
         models = MegatronModels(variant, trainer.groups, trainer.device, trainer.models.shape.vocab_size)
         copy_weights(trainer.models, models, trainer.active_layers, ever_active)

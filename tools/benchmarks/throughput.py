@@ -32,6 +32,7 @@ from tools.benchmarks.throughput_run import (
     FLUSH_PAIRS,
     Step,
     device_memory,
+    initial_weights,
     make_dataset,
     one_flush_against_three,
     peak_memory,
@@ -91,7 +92,7 @@ def _measure(args: argparse.Namespace, content: dict[str, Any], config: Config, 
         content["plan"] = {"verdict": plan.verdict, "fits": plan.fits}
         _tell(f"plan: {plan.verdict}")
     resident_before = resident_bytes()
-    trainer = Trainer(config, dataset)
+    trainer = Trainer(config, dataset, initial_weights(config, choose_device(config.run.device)))
     _tell(f"{args.warmup} steps of warm-up, {num_steps} timed, {num_split} more with timers around their parts")
     for _ in range(args.warmup):
         timed_step(trainer)

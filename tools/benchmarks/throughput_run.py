@@ -7,9 +7,11 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_scalebio.active_layers import Role
 from megatron_scalebio.config import Config, SourceConfig, UserError, given_settings, load_config
@@ -25,6 +28,7 @@ from megatron_scalebio.data import Dataset, Example, MicroBatch, load_dataset
 from megatron_scalebio.data.tokenizers import BytesTokenizer
 from megatron_scalebio.flops import Flops, Work, step_flops, work_of
 from megatron_scalebio.hf import adopt_checkpoint, check_checkpoint, read_shape
+from megatron_scalebio.mcore.parameters import NamedParameter
 from megatron_scalebio.step_time import Device, predict_step, stage_loads
 from megatron_scalebio.trainer import Trainer
 from tools.benchmarks.throughput_split import Stopwatch
@@ -92,6 +96,24 @@ def synthetic_dataset(config: Config) -> Dataset:
     names = [source.name for source in config.data.sources]
     train = [examples(index) for index in range(len(names))]
     return Dataset(tokenizer, names, train, examples(0) if config.bilevel.mode == "bilevel" else [])
+
+
+def initial_weights(config: Config, device: torch.device) -> Callable[[NamedParameter], Tensor] | None:
+    """Where to begin; None: where a run begins. On a GPU random weights are made there: a run's own come from the CPU,
+    which takes long over a large model's, and a step's time does not depend on them."""
+    on_gpu = device.type == "cuda" and config.model.hf_path is None
+    return partial(random_weights, device) if on_gpu else None
+
+
+def random_weights(device: torch.device, parameter: NamedParameter) -> Tensor:
+    """A rank's shard of a parameter, a function of its name: normal with deviation 0.02, norms neutral, biases 0."""
+    shape, dtype = parameter.tensor.shape, parameter.tensor.dtype
+    if parameter.name.endswith("norm.weight"):
+        return torch.full(shape, getattr(parameter.tensor, "neutral", 1.0), dtype=dtype, device=device)
+    if parameter.name.endswith(".bias"):
+        return torch.zeros(shape, dtype=dtype, device=device)
+    generator = torch.Generator(device).manual_seed(zlib.crc32(parameter.name.encode()))
+    return torch.randn(shape, generator=generator, dtype=dtype, device=device).mul_(0.02)
 
 
 @dataclass(frozen=True)
