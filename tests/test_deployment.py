@@ -241,7 +241,7 @@ def test_two_nodes_are_planned_as_sixteen_ranks(two_nodes, tmp_path):
         DATA_DIR=str(data),
     )
     assert result.returncode == 0, result.stderr
-    assert re.search(r"layout: 16 ranks = tensor 2 x pipeline \d+ x data \d+", result.stdout)
+    assert re.search(r"layout: 16 ranks = tensor 1 x pipeline \d+ x data \d+", result.stdout)
     assert f"outputs: {REPOSITORY}/runs/a job\n" in result.stdout
     assert "--cpus-per-task=1" in options and not any("scontrol" in line for line in options)
 
