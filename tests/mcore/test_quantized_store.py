@@ -30,7 +30,8 @@ LAYOUTS = {
 }
 
 
-def case_of(layout: str, *overrides: str, steps: int = 5) -> Case:
+def case_of(layout: str, *overrides: str, steps: int = 7) -> Case:
+    """Layers 3, 1, 0, 2, 2, 3, 1, ...: from the sixth step on one thaws again."""
     world_size, settings = LAYOUTS[layout]
     return Case((*FP8, *ONE_LAYER, *settings, *overrides), world_size, steps=steps)
 
@@ -44,7 +45,13 @@ def follow_storage(case: Case) -> None:
     run = RankRun(case)
     initial = {name: run.models.store.initial_weights(block) for name, block in run.blocks(Role.UPPER).items()}
     ever_active: set[str] = set()
-    for _ in range(case.steps):
+    for step in range(1, case.steps + 1):
+        run.redraw(step)
+        for role in Role:
+            for active in run.models.active_sets[role].blocks.values():
+                whole = torch.empty(active.block.numel, dtype=active.master.dtype)
+                dist.all_gather_into_tensor(whole, active.master.contiguous(), group=run.groups.data)
+                assert torch.equal(active.block.weights, whole.to(active.block.weights.dtype)), "thawed to others"
         run.take_step()
         for role in Role:
             active = run.models.active_sets[role].blocks
