@@ -1,9 +1,10 @@
 """A linear layer whose weight is frozen, stored once in FP8: forward, and the gradient of the input.
 
-Both are one product of FP8 matrices. On Hopper the tensor cores take FP8 operands only with the summed dimension
-innermost. The stored weight [N, K] is that for the forward pass; for the gradient of the input, which sums over N,
-it is first transposed into scratch memory. That moves 2 bytes per number, by arithmetic 3 to 5% of the product's time
-at 8,192 tokens, and costs one layer's memory instead of every layer's.
+Both are one product: with inputs in the compute dtype the library's, of the weight widened into scratch memory; with
+inputs rounded to FP8 ours, of FP8 matrices, which the rest is about. On Hopper the tensor cores take FP8 operands only
+with the summed dimension innermost. The stored weight [N, K] is that for the forward pass; for the gradient of the
+input, which sums over N, it is first transposed into scratch memory. That moves 2 bytes per number, by arithmetic 3 to
+5% of the product's time at 8,192 tokens, and costs one layer's memory instead of every layer's.
 
 The matrix product, `_matmul_kernel`:
 - One step of its loop takes the 128 summed numbers that share their scales. Their sum in the tensor cores is scaled and

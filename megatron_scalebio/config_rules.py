@@ -270,6 +270,14 @@ def _precision(config: Config) -> list[str]:
         problems.append(f"precision.frozen_weights=bf16 with precision.compute={compute}: set it to null, or to fp8")
     if frozen == "fp8" and compute == "fp64":
         problems.append("precision.frozen_weights=fp8 with precision.compute=fp64: FP8's products are fp32 at most")
+    if frozen != "fp8" and config.precision.frozen_inputs == "fp8":
+        problems.append(
+            f"precision.frozen_inputs=fp8 with precision.frozen_weights={_text(frozen)}: it needs FP8 weights; set"
+            " precision.frozen_weights=fp8"
+        )
+    if compute != "fp8" and config.precision.fp8_recipe != "blockwise":
+        recipe = config.precision.fp8_recipe
+        problems.append(f"precision.fp8_recipe={recipe} with precision.compute={compute}: it is for compute=fp8 alone")
     independent = config.bilevel.mode == "bilevel" and config.lisa.pairing == "independent" and config.lisa.enabled
     for key in [key for key in ("frozen_weights", "compute") if getattr(config.precision, key) == "fp8"]:
         if config.model.implementation == "te":

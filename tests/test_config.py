@@ -293,6 +293,8 @@ def test_what_a_family_has_passes(load, overrides):
         ("precision.frozen_weights=fp8 precision.compute=fp64", "frozen_weights=fp8 with precision.compute=fp64"),
         ("precision.frozen_weights=fp8 model.implementation=te", "fp8 needs model.implementation=native or auto"),
         ("precision.frozen_weights=fp8 lisa.pairing=independent", "fp8 needs lisa.pairing=shared"),
+        ("precision.frozen_inputs=fp8", "precision.frozen_inputs=fp8 with precision.frozen_weights=null: it needs FP8"),
+        ("precision.fp8_recipe=tensorwise", "precision.fp8_recipe=tensorwise with precision.compute="),
         ("optimizer.moments=bf16 precision.compute=fp64", "optimizer.moments=bf16: precision.compute=fp64 keeps them"),
         ("parallel.pipeline=2 parallel.layers_per_stage=[4]", "layers_per_stage=[4]: must have parallel.pipeline=2"),
         ("parallel.pipeline=2 parallel.layers_per_stage=[1,2]", "layers_per_stage=[1, 2]: must be positive numbers"),
