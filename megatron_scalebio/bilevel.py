@@ -161,7 +161,5 @@ def evaluation_pass(
     split: str, micro_batches: list[MicroBatch], num_examples: int, num_loss_tokens: int, unit: str
 ) -> Pass:
     """The upper model over validation or test examples; the counts are those of all ranks together."""
-    coefs = [
-        evaluation_coefs(part.example_loss_tokens, num_examples, num_loss_tokens, unit) for part in micro_batches
-    ]
+    coefs = [evaluation_coefs(part.example_loss_tokens, num_examples, num_loss_tokens, unit) for part in micro_batches]
     return Pass(Role.UPPER, split, micro_batches, coefs, 1)

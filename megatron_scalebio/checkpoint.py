@@ -25,7 +25,7 @@ logging.getLogger("megatron.core.dist_checkpointing.strategies.torch").setLevel(
 
 
 class Checkpointable(Protocol):
-    """What a checkpoint needs of the models; see `mcore.host.MegatronModels`."""
+    """What a checkpoint needs of the models; see `mcore.models.MegatronModels`."""
 
     def state(self) -> dict: ...  # every rank calls it
 

@@ -105,8 +105,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 def prepare(args: argparse.Namespace, world_size: int) -> "tuple[Config, Dataset]":
     """Loads and checks everything that can be checked without the model: settings, data, output folder."""
     from megatron_scalebio.config import UserError, given_settings, load_config
-    from megatron_scalebio.config_rules import check_config
-    from megatron_scalebio.metrics import check_output_dir
+    from megatron_scalebio.rules import check_config
+    from megatron_scalebio.show.metrics import check_output_dir
 
     config = load_config(args.config, args.overrides)
     if config.model.hf_path is not None:
@@ -148,7 +148,7 @@ def _train(args: argparse.Namespace) -> int:
     if LAUNCHER_PID not in os.environ and os.environ.get("LOCAL_RANK", "0") == "0":  # else launch has done it
         _check_machine(config, dataset, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     _quiet_megatron()
-    from megatron_scalebio.report import write_report
+    from megatron_scalebio.show.report import write_report
     from megatron_scalebio.trainer import train
 
     status = train(config, dataset)
@@ -294,14 +294,14 @@ def _quiet_megatron() -> None:
 
 
 def _check_machine(config: "Config", dataset: "Dataset", world_size: int, ranks_here: int) -> None:
-    from megatron_scalebio.preflight import check_machine
+    from megatron_scalebio.plan.machine import check_machine
 
     check_machine(config, config.model.shape.vocab_size or dataset.tokenizer.vocab_size, world_size, ranks_here)
 
 
 def _plan(args: argparse.Namespace) -> int:
     from megatron_scalebio.config import UserError, given_settings, load_config
-    from megatron_scalebio.plan_report import write_plan
+    from megatron_scalebio.plan.report import write_plan
 
     if not 0 < args.gpu_memory < math.inf or (args.gpus is not None and args.gpus < 1):
         raise UserError(f"--gpus {args.gpus}, --gpu-memory {args.gpu_memory}: must be positive and finite")

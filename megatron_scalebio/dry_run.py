@@ -8,10 +8,10 @@ from megatron_scalebio.config import Config, UserError, changed_from_preset
 from megatron_scalebio.data import Dataset
 from megatron_scalebio.device import find_cuda, gpu_memory
 from megatron_scalebio.mcore.rehearsal import rehearse
-from megatron_scalebio.plan_report import batch_line, compute_lines, layout_line, memory_lines, parameters_line
-from megatron_scalebio.planner import Plan, StageMemory, make_plan
-from megatron_scalebio.step_memory import GIB
-from megatron_scalebio.step_time import H100
+from megatron_scalebio.plan.memory import GIB
+from megatron_scalebio.plan.planner import Plan, StageMemory, make_plan
+from megatron_scalebio.plan.report import batch_line, compute_lines, layout_line, memory_lines, parameters_line
+from megatron_scalebio.plan.seconds import H100
 
 
 def dry_run(config: Config, dataset: Dataset, world_size: int, gib: float | None) -> bool:

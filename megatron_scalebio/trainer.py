@@ -18,10 +18,10 @@ from megatron_scalebio.data import Dataset, Sampler, StepBatch
 from megatron_scalebio.device import choose_device, read_back
 from megatron_scalebio.mcore.attention import choose_attention
 from megatron_scalebio.mcore.export import export_model
-from megatron_scalebio.mcore.host import MegatronModels
+from megatron_scalebio.mcore.models import MegatronModels
 from megatron_scalebio.mcore.parameters import NamedParameter
 from megatron_scalebio.mcore.process_groups import start_process_groups
-from megatron_scalebio.metrics import MetricsWriter
+from megatron_scalebio.show.metrics import MetricsWriter
 from megatron_scalebio.source_weights import SourceWeights
 
 

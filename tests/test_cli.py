@@ -39,9 +39,9 @@ def train(config, dataset):
 trainer = types.ModuleType("megatron_scalebio.trainer")
 trainer.train = train
 sys.modules["megatron_scalebio.trainer"] = trainer
-report = types.ModuleType("megatron_scalebio.report")
+report = types.ModuleType("megatron_scalebio.show.report")
 report.write_report = lambda folder: folder
-sys.modules["megatron_scalebio.report"] = report
+sys.modules["megatron_scalebio.show.report"] = report
 data = types.ModuleType("megatron_scalebio.data")
 data.load_dataset = lambda config: types.SimpleNamespace(tokenizer=types.SimpleNamespace(vocab_size=258))
 sys.modules["megatron_scalebio.data"] = data

@@ -15,7 +15,7 @@ from megatron_scalebio.config import (
     load_config,
     padded_vocab_size,
 )
-from megatron_scalebio.config_rules import AT_LEAST, CHOICES, NOT_NEGATIVE, POSITIVE, check_config
+from megatron_scalebio.rules import AT_LEAST, CHOICES, NOT_NEGATIVE, POSITIVE, check_config
 
 VALID = """
 data:

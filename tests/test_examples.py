@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_scalebio.config import load_config
-from megatron_scalebio.config_rules import check_config
+from megatron_scalebio.rules import check_config
 
 REPOSITORY = Path(__file__).parents[1]
 

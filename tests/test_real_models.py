@@ -197,7 +197,7 @@ from pathlib import Path
 from megatron_scalebio.config import load_config
 from megatron_scalebio.device import CPU
 from megatron_scalebio.hf import adopt_checkpoint
-from megatron_scalebio.mcore.host import MegatronModels
+from megatron_scalebio.mcore.models import MegatronModels
 from megatron_scalebio.mcore.process_groups import start_process_groups
 
 def anonymous():

@@ -11,18 +11,35 @@ PACKAGE = "megatron_scalebio"
 
 # Low to high; a unit imports from lower floors and from itself. A unit is a module or a folder of the package.
 FLOORS = (
-    ("config", "__init__", "families"),
-    ("config_rules", "device", "kernels", "estimates"),
-    ("losses", "source_weights", "flops", "step_memory"),
-    ("active_layers", "data", "hf", "console", "charts", "step_time"),
-    ("bilevel", "planner"),
-    ("mcore", "metrics", "checkpoint", "layout_search"),
-    ("trainer", "report", "plan_report", "preflight"),
+    ("__init__", "config", "families"),
+    ("kernels", "device", "rules"),
+    ("losses", "source_weights"),
+    ("active_layers", "data", "hf"),
+    ("bilevel", "plan", "show"),
+    ("mcore", "checkpoint"),
+    ("trainer",),
     ("dry_run",),
     ("cli",),
     ("tools", "examples"),
     ("__main__",),
 )
+
+# The same inside a folder, whose modules are told apart; `__init__` may import them all.
+INNER_FLOORS = {
+    "config": (("errors", "settings"), ("loading",)),
+    "plan": (("sizes",), ("memory", "flops"), ("seconds",), ("planner",), ("search", "machine"), ("report",)),
+    "show": (("charts", "console"), ("metrics",), ("report",)),
+    "data": (("batch", "records", "tokenizers"), ("templates",), ("dataset",), ("packing",), ("sampler",)),
+    "mcore": (
+        ("attention", "host_masters", "memory_tracker", "process_groups", "te_linear"),
+        ("linear", "parameters"),
+        ("recompute", "weight_store"),
+        ("active_set", "layers"),
+        ("build", "dual_model"),
+        ("models",),
+        ("export", "rehearsal"),
+    ),
+}
 
 # Where an import, or a use under that name, may stand; everything below a folder counts.
 PLACES = {
@@ -49,16 +66,32 @@ def violations(root: Path) -> list[str]:
         if floor_of(unit) is None:
             found.append(f"{place}: {unit} has no floor")
             continue
-        for line, name in imported(tree, place):
-            other = unit_of_import(name)
-            if other is not None and other != unit and (floor_of(other) is None or floor_of(other) >= floor_of(unit)):
-                found.append(f"{place}:{line}: {unit} imports {other}, which is not on a lower floor")
+        found += [f"{place}:{line}: {breach}" for line, breach in floor_breaches(tree, place, unit)]
         for line, name in [*imported(tree, place), *attributes(tree)]:
             for restricted, places in PLACES.items():
                 is_it = name == restricted or name.startswith(restricted + ".")
                 if is_it and not any(place.is_relative_to(allowed) for allowed in places):
                     found.append(f"{place}:{line}: {restricted} has no place here")
     return sorted(set(found))
+
+
+def floor_breaches(tree: ast.AST, place: Path, unit: str) -> Iterator[tuple[int, str]]:
+    """(line, what) of every import that does not lead to a lower floor, of the package or of the folder."""
+    inner, module = INNER_FLOORS.get(unit), place.stem
+    if inner and module != "__init__" and floor_of(module, inner) is None:
+        yield 1, f"{module} has no floor in {unit}"
+    for line, name in imported(tree, place):
+        other = unit_of_import(name)
+        if other is None:
+            continue
+        if other != unit:
+            if floor_of(other) is None or floor_of(other) >= floor_of(unit):
+                yield line, f"{unit} imports {other}, which is not on a lower floor"
+        elif inner and module != "__init__" and name.startswith(f"{PACKAGE}.{unit}."):
+            beside = name.split(".")[2]
+            floor = floor_of(beside, inner)
+            if beside != module and (floor is None or floor >= (floor_of(module, inner) or 0)):
+                yield line, f"{module} imports {beside}, which is not on a lower floor of {unit}"
 
 
 def unit_of(place: Path) -> str:
@@ -73,8 +106,8 @@ def unit_of_import(name: str) -> str | None:
     return (rest[0] if rest else "__init__") if first == PACKAGE else None
 
 
-def floor_of(unit: str) -> int | None:
-    return next((number for number, floor in enumerate(FLOORS) if unit in floor), None)
+def floor_of(unit: str, floors: tuple[tuple[str, ...], ...] = FLOORS) -> int | None:
+    return next((number for number, floor in enumerate(floors) if unit in floor), None)
 
 
 def imported(tree: ast.AST, place: Path) -> Iterator[tuple[int, str]]:
@@ -110,8 +143,12 @@ def test_imports_go_down_the_floors_and_stand_in_their_places():
         ("megatron_scalebio/losses.py", "from megatron_scalebio.bilevel import Bilevel", "losses imports bilevel"),
         ("megatron_scalebio/losses.py", "from megatron_scalebio import bilevel", "losses imports bilevel"),
         ("megatron_scalebio/losses.py", "from .source_weights import x", "losses imports source_weights"),
-        ("megatron_scalebio/mcore/host.py", "import megatron_scalebio.trainer", "mcore imports trainer"),
-        ("megatron_scalebio/mcore/host.py", "def f():\n    from ..metrics import x", "mcore imports metrics"),
+        ("megatron_scalebio/mcore/models.py", "import megatron_scalebio.trainer", "mcore imports trainer"),
+        ("megatron_scalebio/mcore/models.py", "def f():\n    from ..trainer import x", "mcore imports trainer"),
+        ("megatron_scalebio/mcore/layers.py", "from megatron_scalebio.mcore.build import x", "layers imports build"),
+        ("megatron_scalebio/mcore/layers.py", "from megatron_scalebio.mcore import build", "layers imports build"),
+        ("megatron_scalebio/mcore/layers.py", "from .models import x", "layers imports models"),
+        ("megatron_scalebio/mcore/novel.py", "import os", "novel has no floor in mcore"),
         ("megatron_scalebio/data/rows.py", "from tools import plan_memory", "data imports tools"),
         ("kernels/loss.py", "from megatron_scalebio.losses import x", "kernels imports losses"),
         ("kernels/loss.py", "from ..losses import x", "kernels imports losses"),
@@ -121,8 +158,8 @@ def test_imports_go_down_the_floors_and_stand_in_their_places():
         ("megatron_scalebio/bilevel.py", "from megatron import core", "megatron.core has no place"),
         ("megatron_scalebio/bilevel.py", "from megatron.core.models.gpt import GPTModel", "megatron.core has no place"),
         ("tools/plan.py", "import megatron.training", "megatron.training has no place"),
-        ("megatron_scalebio/mcore/host.py", "from megatron.training import x", "megatron.training has no place"),
-        ("megatron_scalebio/mcore/host.py", "import triton.language as tl", "triton has no place"),
+        ("megatron_scalebio/mcore/models.py", "from megatron.training import x", "megatron.training has no place"),
+        ("megatron_scalebio/mcore/models.py", "import triton.language as tl", "triton has no place"),
         ("megatron_scalebio/trainer.py", "import torch\ntorch.cuda.synchronize()", "torch.cuda has no place"),
         ("megatron_scalebio/trainer.py", "from torch import cuda", "torch.cuda has no place"),
         ("tools/plan.py", "import torch.cuda", "torch.cuda has no place"),
@@ -139,8 +176,8 @@ def test_a_breach_is_found(tmp_path, file, line, expected):
 @pytest.mark.parametrize(
     "file, line",
     [
-        ("megatron_scalebio/mcore/host.py", "from megatron.core import x\nfrom megatron_scalebio.bilevel import y"),
-        ("megatron_scalebio/mcore/host.py", "from megatron_scalebio.mcore.layers import y\nfrom .model import z"),
+        ("megatron_scalebio/mcore/models.py", "from megatron.core import x\nfrom megatron_scalebio.bilevel import y"),
+        ("megatron_scalebio/mcore/models.py", "from megatron_scalebio.mcore.layers import y\nfrom .build import z"),
         ("megatron_scalebio/device.py", "import torch\nimport megatron.core\ntorch.cuda.is_available()"),
         ("kernels/loss.py", "import triton\nfrom megatron_scalebio.kernels.adamw import x"),
         ("tools/benchmarks/flush.py", "import torch\ntorch.cuda.synchronize()\nfrom megatron_scalebio import trainer"),

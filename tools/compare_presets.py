@@ -132,6 +132,7 @@ def main() -> None:
     print_table(rows)
     if args.out:
         import torch
+
         commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
         content = {
             "command": "python tools/compare_presets.py " + " ".join(sys.argv[1:]),

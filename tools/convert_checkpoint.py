@@ -59,7 +59,7 @@ def export_checkpoint(args: argparse.Namespace) -> int:
     from megatron_scalebio.data.tokenizers import load_tokenizer
     from megatron_scalebio.device import choose_device
     from megatron_scalebio.mcore.export import export_model
-    from megatron_scalebio.mcore.host import MegatronModels
+    from megatron_scalebio.mcore.models import MegatronModels
     from megatron_scalebio.mcore.process_groups import start_process_groups
 
     run = args.checkpoint.resolve().parent.parent

@@ -7,8 +7,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_scalebio.metrics import read_metrics
-from megatron_scalebio.report import weights_svg
+from megatron_scalebio.show.metrics import read_metrics
+from megatron_scalebio.show.report import weights_svg
 
 
 def main() -> int:

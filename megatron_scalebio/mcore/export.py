@@ -13,7 +13,7 @@ from megatron_scalebio.active_layers import Role
 from megatron_scalebio.config import UserError
 from megatron_scalebio.hf import Shard, ShardWriter, begin_export, export_config, finish_export, read_config
 from megatron_scalebio.hf.mapping import join_shards, to_theirs
-from megatron_scalebio.mcore.host import MegatronModels
+from megatron_scalebio.mcore.models import MegatronModels
 
 EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp32": torch.float32}
 FAILURES = (OSError, SafetensorError, UserError)  # of disks and folders: no program's fault

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megatron_scalebio.kernels.gated_activation import gated_activation
 from megatron_scalebio.mcore.attention import CoreAttention
-from megatron_scalebio.mcore.frozen_linear import ColumnLinear, RowLinear
+from megatron_scalebio.mcore.linear import ColumnLinear, RowLinear
 from megatron_scalebio.mcore.recompute import LAYERS, LastLinear
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from megatron_scalebio.mcore.frozen_linear import RowLinear
+from megatron_scalebio.mcore.linear import RowLinear
 
 # Nothing in a layer is random: no state of a generator is kept for the second time.
 _checkpoint = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)

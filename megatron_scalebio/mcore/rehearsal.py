@@ -29,7 +29,7 @@ from megatron_scalebio.device import CPU, rehearsal
 from megatron_scalebio.kernels import head_loss
 from megatron_scalebio.kernels.dispatch import planning_for_cuda
 from megatron_scalebio.losses import TokenCoefs
-from megatron_scalebio.mcore import model
+from megatron_scalebio.mcore import build
 from megatron_scalebio.mcore.attention import (
     AttentionChoice,
     FlashAttention,
@@ -37,12 +37,12 @@ from megatron_scalebio.mcore.attention import (
     VarlenAttention,
     choose_attention,
 )
-from megatron_scalebio.mcore.host import MegatronModels
 from megatron_scalebio.mcore.memory_tracker import MemoryTracker
+from megatron_scalebio.mcore.models import MegatronModels
 from megatron_scalebio.mcore.parameters import NamedParameter
 from megatron_scalebio.mcore.process_groups import start_process_groups
 from megatron_scalebio.mcore.weight_store import Block
-from megatron_scalebio.planner import draws_of, stage_memory
+from megatron_scalebio.plan.planner import draws_of, stage_memory
 
 ACTIVATIONS, LOSS_BUFFERS, MICRO_BATCHES = "activations", "loss buffers", "micro-batches"
 
@@ -127,7 +127,7 @@ def paths_of_cuda() -> Iterator[None]:
         choice = choose_attention(model_config, torch.device("cuda"), dtype)
         return choice._replace(backend=VarlenAttention) if choice.backend in (FlashAttention, FlexAttention) else choice
 
-    norm, attention = _replaced(F, "rms_norm", _RMSNormOfCuda.apply), _replaced(model, "choose_attention", choose)
+    norm, attention = _replaced(F, "rms_norm", _RMSNormOfCuda.apply), _replaced(build, "choose_attention", choose)
     with planning_for_cuda(), norm, attention:
         yield
 

@@ -22,12 +22,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_scalebio.active_layers import Role
-from megatron_scalebio.estimates import aligned, padded_block
 from megatron_scalebio.hf.mapping import LAYER_PREFIX
 from megatron_scalebio.kernels.fp8 import BLOCK, BlockScaled, quantize
 from megatron_scalebio.mcore.host_masters import HostMasters
 from megatron_scalebio.mcore.parameters import NamedParameter
 from megatron_scalebio.mcore.process_groups import ProcessGroups
+from megatron_scalebio.plan.sizes import aligned, padded_block
 
 
 @dataclass(frozen=True)

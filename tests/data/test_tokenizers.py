@@ -5,9 +5,9 @@ from contextlib import nullcontext
 import pytest
 
 from megatron_scalebio.config import UserError
-from megatron_scalebio.config_rules import check_config
 from megatron_scalebio.data.dataset import load_dataset
 from megatron_scalebio.data.tokenizers import BytesTokenizer, load_tokenizer
+from megatron_scalebio.rules import check_config
 
 TEXTS = ["", "plain", " lead and trail \n", "Grüße, 世界 🙂", "<|im_end|> </s> <|endoftext|>", "\x00\x7f"]
 

@@ -19,7 +19,7 @@ from megatron_scalebio.config import Config, load_config, padded_vocab_size
 from megatron_scalebio.data import Example, MicroBatch, StepBatch, build_micro_batch
 from megatron_scalebio.data.packing import plan_microbatches
 from megatron_scalebio.device import CPU
-from megatron_scalebio.mcore.host import MegatronModels
+from megatron_scalebio.mcore.models import MegatronModels
 from megatron_scalebio.mcore.parameters import NamedParameter, shard
 from megatron_scalebio.mcore.process_groups import ProcessGroups, start_process_groups
 from megatron_scalebio.mcore.weight_store import Block

@@ -6,8 +6,8 @@ import torch.distributed as dist
 
 from megatron_scalebio.active_layers import Role
 from megatron_scalebio.config import padded_vocab_size
-from megatron_scalebio.estimates import rank_bytes
 from megatron_scalebio.mcore.weight_store import data_parallel_shard
+from megatron_scalebio.plan.sizes import rank_bytes
 from tests.distributed import run_distributed
 from tests.mcore.runs import VOCAB_SIZE, Case, RankRun
 

@@ -31,8 +31,8 @@ from megatron_scalebio.data import Example, build_micro_batch
 from megatron_scalebio.data.packing import plan_microbatches
 from megatron_scalebio.device import CPU
 from megatron_scalebio.losses import TokenCoefs
-from megatron_scalebio.mcore.host import MegatronModels
-from megatron_scalebio.mcore.model import build_model
+from megatron_scalebio.mcore.build import build_model
+from megatron_scalebio.mcore.models import MegatronModels
 from megatron_scalebio.mcore.parameters import NamedParameter, shard
 from megatron_scalebio.mcore.process_groups import start_process_groups
 from tests.distributed import run_distributed

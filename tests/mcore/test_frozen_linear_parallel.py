@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_scalebio.config import ParallelConfig
 from megatron_scalebio.device import CPU
-from megatron_scalebio.mcore.frozen_linear import column_parallel, row_parallel
+from megatron_scalebio.mcore.linear import column_parallel, row_parallel
 from megatron_scalebio.mcore.process_groups import start_process_groups
 from tests.distributed import run_distributed
 from tests.kernels.test_frozen_linear import whole_numbers

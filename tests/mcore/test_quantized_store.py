@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron_scalebio.kernels.fp8 import BLOCK, dequantize, quantize
 
 from megatron_scalebio.active_layers import Role
-from megatron_scalebio.mcore.frozen_linear import ColumnLinear, RowLinear
+from megatron_scalebio.mcore.linear import ColumnLinear, RowLinear
 from megatron_scalebio.mcore.weight_store import Block, data_parallel_shard
 from tests.distributed import run_distributed
 from tests.mcore.runs import Case, RankRun, run_case

@@ -20,7 +20,7 @@ from megatron_scalebio.active_layers import Role
 from megatron_scalebio.bilevel import Bilevel, StepResult
 from megatron_scalebio.device import CPU
 from megatron_scalebio.mcore import recompute
-from megatron_scalebio.mcore.host import MegatronModels
+from megatron_scalebio.mcore.models import MegatronModels
 from megatron_scalebio.mcore.process_groups import start_process_groups
 from megatron_scalebio.trainer import make_source_weights
 from tests.distributed import run_distributed

@@ -21,13 +21,13 @@ from megatron_scalebio import device
 from megatron_scalebio.active_layers import Role, draw_active_layers
 from megatron_scalebio.config import Config, load_config
 from megatron_scalebio.device import CPU
-from megatron_scalebio.estimates import rank_bytes
-from megatron_scalebio.mcore import model
+from megatron_scalebio.mcore import build
 from megatron_scalebio.mcore.attention import SdpaAttention, VarlenAttention
-from megatron_scalebio.mcore.host import MegatronModels
 from megatron_scalebio.mcore.memory_tracker import MemoryTracker
+from megatron_scalebio.mcore.models import MegatronModels
 from megatron_scalebio.mcore.process_groups import start_process_groups
 from megatron_scalebio.mcore.rehearsal import ACTIVATIONS, Rehearsal, fake_world, measure_step, paths_of_cuda, rehearse
+from megatron_scalebio.plan.sizes import rank_bytes
 from tests.distributed import run_distributed
 from tests.mcore.runs import VOCAB_SIZE, small_config
 
@@ -103,7 +103,7 @@ def test_a_stage_of_32b_holds_the_bytes_of_the_arithmetic_and_the_loss_buffers_o
 
 def test_the_process_is_as_it_was():
     def state() -> list:
-        patched = [torch.cuda.current_device, torch.Tensor.cuda, F.rms_norm, model.choose_attention]
+        patched = [torch.cuda.current_device, torch.Tensor.cuda, F.rms_norm, build.choose_attention]
         started = [dist.is_initialized(), parallel_state.model_parallel_is_initialized()]
         return [*patched, triton.JITFunction.run, dict(vars(head_loss._HeadLoss)), *started]
 
@@ -148,7 +148,7 @@ def test_the_norm_keeps_what_it_does_on_cuda():
 @pytest.mark.parametrize("dtype, expected", [(torch.bfloat16, VarlenAttention), (torch.float32, SdpaAttention)])
 def test_the_attention_is_that_of_cuda(dtype, expected):
     with paths_of_cuda():
-        assert model.choose_attention(config_of(()).model, CPU, dtype).backend is expected
+        assert build.choose_attention(config_of(()).model, CPU, dtype).backend is expected
 
 
 def test_the_norm_is_the_one_operation_that_only_the_cpu_takes_apart():

@@ -10,9 +10,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_scalebio import estimates
 from megatron_scalebio.active_layers import Role
 from megatron_scalebio.config import padded_vocab_size
+from megatron_scalebio.plan.sizes import stage_layers as planned_layers
 from tests.distributed import run_distributed
 from tests.mcore.runs import MAX_LENGTH, VOCAB_SIZE, Case, RankRun, Step, initial_weights, run_case
 from tests.mcore.test_layouts import TIED, check_steps, on_one_rank
@@ -54,7 +54,7 @@ def test_stages_of_unequal_size_change_nothing(name):
 
 def layers_of_rank(case: Case) -> tuple[list[int], list[int]]:
     run = RankRun(case)
-    return stage_layers(run), list(estimates.stage_layers(case.config, run.groups.stage))
+    return stage_layers(run), list(planned_layers(case.config, run.groups.stage))
 
 
 @pytest.mark.parametrize("name", UNEQUAL)

@@ -33,9 +33,9 @@ PRECISIONS = {
 def load(args: argparse.Namespace):
     """(configuration, dataset) of the task, in fp32."""
     from megatron_scalebio.config import load_config
-    from megatron_scalebio.config_rules import check_config
     from megatron_scalebio.data import load_dataset
     from megatron_scalebio.hf import adopt_checkpoint, check_checkpoint
+    from megatron_scalebio.rules import check_config
 
     files = sorted((args.task / "train").glob("*.jsonl"))
     sources = ", ".join(f"{{name: {file.stem}, path: '{file.absolute()}'}}" for file in files)
@@ -94,7 +94,7 @@ def main() -> int:
     parser.add_argument("settings", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args()
 
-    from megatron_scalebio.mcore.host import MegatronModels
+    from megatron_scalebio.mcore.models import MegatronModels
     from megatron_scalebio.trainer import Trainer
     from tools.benchmarks.timing import environment
 

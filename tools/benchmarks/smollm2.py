@@ -29,10 +29,10 @@ VARIANTS = {
 def run(variant: str, seed: int, args: argparse.Namespace) -> dict:
     """One run in this process; returns its numbers."""
     from megatron_scalebio.config import load_config
-    from megatron_scalebio.config_rules import check_config
     from megatron_scalebio.data import load_dataset
     from megatron_scalebio.device import read_back
     from megatron_scalebio.hf import adopt_checkpoint, check_checkpoint
+    from megatron_scalebio.rules import check_config
     from megatron_scalebio.trainer import Trainer
 
     files = sorted((args.task / "train").glob("*.jsonl"))

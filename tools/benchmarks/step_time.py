@@ -25,9 +25,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_scalebio.config import Config, SourceConfig, load_config
-from megatron_scalebio.config_rules import check_config
 from megatron_scalebio.data import Dataset, Example
 from megatron_scalebio.data.tokenizers import BytesTokenizer
+from megatron_scalebio.rules import check_config
 from megatron_scalebio.trainer import Trainer
 
 ROW = 256  # positions of a row; an example fills one

@@ -14,9 +14,9 @@ import torch.distributed as dist
 
 from megatron_scalebio.config import Config, UserError, to_dict
 from megatron_scalebio.device import choose_device
-from megatron_scalebio.planner import Plan, draws_of, make_plan
-from megatron_scalebio.step_memory import GIB
-from megatron_scalebio.step_time import H100, device_of
+from megatron_scalebio.plan.memory import GIB
+from megatron_scalebio.plan.planner import Plan, draws_of, make_plan
+from megatron_scalebio.plan.seconds import H100, device_of
 from megatron_scalebio.trainer import Trainer
 from tools.benchmarks.throughput_compare import compare, comparison_lines
 from tools.benchmarks.throughput_report import (

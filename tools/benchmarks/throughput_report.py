@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from megatron_scalebio.config import Config
-from megatron_scalebio.flops import Flops, six_n_equivalent
-from megatron_scalebio.planner import Plan
-from megatron_scalebio.step_memory import GIB
-from megatron_scalebio.step_time import H100, H200
+from megatron_scalebio.plan.flops import Flops, six_n_equivalent
+from megatron_scalebio.plan.memory import GIB
+from megatron_scalebio.plan.planner import Plan
+from megatron_scalebio.plan.seconds import H100, H200
 from tools.benchmarks.throughput_run import Step
 from tools.benchmarks.throughput_split import PARTS
 

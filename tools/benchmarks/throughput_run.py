@@ -23,13 +23,13 @@ from torch import Tensor
 
 from megatron_scalebio.active_layers import Role
 from megatron_scalebio.config import Config, SourceConfig, UserError, given_settings, load_config
-from megatron_scalebio.config_rules import check_config
 from megatron_scalebio.data import Dataset, Example, MicroBatch, load_dataset
 from megatron_scalebio.data.tokenizers import BytesTokenizer
-from megatron_scalebio.flops import Flops, Work, step_flops, work_of
 from megatron_scalebio.hf import adopt_checkpoint, check_checkpoint, read_shape
 from megatron_scalebio.mcore.parameters import NamedParameter
-from megatron_scalebio.step_time import Device, predict_step, stage_loads
+from megatron_scalebio.plan.flops import Flops, Work, step_flops, work_of
+from megatron_scalebio.plan.seconds import Device, predict_step, stage_loads
+from megatron_scalebio.rules import check_config
 from megatron_scalebio.trainer import Trainer
 from tools.benchmarks.throughput_split import Stopwatch
 

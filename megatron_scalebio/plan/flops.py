@@ -18,8 +18,8 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 
 from megatron_scalebio.config import Config, padded_vocab_size
-from megatron_scalebio.estimates import head_size, linear_shapes, lowest_reached, model_parameters, stage_layers
 from megatron_scalebio.families import FAMILIES
+from megatron_scalebio.plan.sizes import head_size, linear_shapes, lowest_reached, model_parameters, stage_layers
 
 
 @dataclass(frozen=True)

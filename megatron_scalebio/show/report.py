@@ -4,10 +4,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from megatron_scalebio.charts import Line, line_chart
 from megatron_scalebio.config import changed_from_preset, load_config
-from megatron_scalebio.console import duration
-from megatron_scalebio.metrics import read_metrics, read_weights, replace_file, weights_summary
+from megatron_scalebio.show.charts import Line, line_chart
+from megatron_scalebio.show.console import duration
+from megatron_scalebio.show.metrics import read_metrics, read_weights, replace_file, weights_summary
 
 STYLE = """
 :root { color-scheme: light dark; }

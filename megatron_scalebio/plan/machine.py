@@ -9,7 +9,10 @@ from pathlib import Path
 
 from megatron_scalebio.config import Config, UserError
 from megatron_scalebio.device import find_cuda, gpu_memory, has_nccl
-from megatron_scalebio.estimates import (
+from megatron_scalebio.plan.memory import GIB
+from megatron_scalebio.plan.planner import Plan, make_plan
+from megatron_scalebio.plan.seconds import device_of
+from megatron_scalebio.plan.sizes import (
     MASTER_BYTES,
     WEIGHT_BYTES,
     layer_numel,
@@ -17,9 +20,6 @@ from megatron_scalebio.estimates import (
     padded_block,
     stage_blocks,
 )
-from megatron_scalebio.planner import Plan, make_plan
-from megatron_scalebio.step_memory import GIB
-from megatron_scalebio.step_time import device_of
 
 SHARED_MEMORY = 2**30  # bytes that NCCL may take of /dev/shm with eight ranks; Docker gives 64 MiB unless asked
 EXPORT_BYTES = {"bf16": 2, "fp8": 2, "fp32": 4}

@@ -12,11 +12,11 @@ from itertools import product
 from typing import NamedTuple
 
 from megatron_scalebio.config import Config, UserError
-from megatron_scalebio.config_rules import CHOICES, check_config
-from megatron_scalebio.estimates import frozen_layer_bytes, stage_layers
-from megatron_scalebio.planner import Draws, Plan, draws_of, make_plan, micro_batch_work
-from megatron_scalebio.step_memory import saved_layer_bytes
-from megatron_scalebio.step_time import Device, StageLoad, stage_seconds
+from megatron_scalebio.plan.memory import saved_layer_bytes
+from megatron_scalebio.plan.planner import Draws, Plan, draws_of, make_plan, micro_batch_work
+from megatron_scalebio.plan.seconds import Device, StageLoad, stage_seconds
+from megatron_scalebio.plan.sizes import frozen_layer_bytes, stage_layers
+from megatron_scalebio.rules import CHOICES, check_config
 
 MOST_POSITIONS = 65_536  # of one micro-batch
 SAME_TIME = 0.01

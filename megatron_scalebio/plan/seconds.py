@@ -12,7 +12,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from megatron_scalebio.config import Config, padded_vocab_size
-from megatron_scalebio.estimates import (
+from megatron_scalebio.families import FAMILIES
+from megatron_scalebio.plan.flops import Work, attention_flops, recomputed_linears
+from megatron_scalebio.plan.sizes import (
     MASTER_BYTES,
     WEIGHT_BYTES,
     layer_parameters,
@@ -23,8 +25,6 @@ from megatron_scalebio.estimates import (
     stage_blocks,
     stage_layers,
 )
-from megatron_scalebio.families import FAMILIES
-from megatron_scalebio.flops import Work, attention_flops, recomputed_linears
 
 
 @dataclass(frozen=True)

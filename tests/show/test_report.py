@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_scalebio.charts import BOTTOM, HEIGHT, LABEL_HEIGHT, LEFT, RIGHT, WIDTH, Line, line_chart, ticks
 from megatron_scalebio.config import load_config
-from megatron_scalebio.metrics import MetricsWriter
-from megatron_scalebio.report import write_report
+from megatron_scalebio.show.charts import BOTTOM, HEIGHT, LABEL_HEIGHT, LEFT, RIGHT, WIDTH, Line, line_chart, ticks
+from megatron_scalebio.show.metrics import MetricsWriter
+from megatron_scalebio.show.report import write_report
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 NAMES = ("clean", "a <b> & 'c'", "noisy")
 
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 from megatron_scalebio.kernels import fp8, head_loss, moments
 
-from megatron_scalebio import estimates, step_memory
 from megatron_scalebio.active_layers import Role, draw_active_layers
 from megatron_scalebio.config import Config, ShapeConfig, load_config
-from megatron_scalebio.estimates import layer_parameters, model_parameters, rank_bytes
-from megatron_scalebio.mcore.host import MegatronModels
+from megatron_scalebio.mcore.models import MegatronModels
 from megatron_scalebio.mcore.process_groups import start_process_groups
+from megatron_scalebio.plan import memory, sizes
+from megatron_scalebio.plan.sizes import layer_parameters, model_parameters, rank_bytes
 from tests.distributed import run_distributed
 
 VOCAB_SIZE = 258
@@ -104,5 +104,5 @@ def test_bytes_equal_what_the_host_holds_after_every_draw(overrides):
 
 
 def test_constants_that_are_written_down_twice_are_equal():
-    assert (estimates.FP8_BLOCK, estimates.ALIGNMENT) == (fp8.BLOCK, moments.BLOCK)
-    assert step_memory.LOGITS_CHUNK == head_loss.TOKENS_PER_CHUNK["cuda"]
+    assert (sizes.FP8_BLOCK, sizes.ALIGNMENT) == (fp8.BLOCK, moments.BLOCK)
+    assert memory.LOGITS_CHUNK == head_loss.TOKENS_PER_CHUNK["cuda"]

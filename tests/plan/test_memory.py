@@ -2,11 +2,11 @@
 
 import pytest
 
-from megatron_scalebio.estimates import on_device
 from megatron_scalebio.mcore.rehearsal import rehearse
-from megatron_scalebio.planner import draws_of, stage_memory
-from megatron_scalebio.step_memory import saved_layer_bytes
-from tests.test_planner import VOCAB_SIZE, qwen_32b
+from megatron_scalebio.plan.memory import saved_layer_bytes
+from megatron_scalebio.plan.planner import draws_of, stage_memory
+from megatron_scalebio.plan.sizes import on_device
+from tests.plan.test_planner import VOCAB_SIZE, qwen_32b
 
 NOT_TENSORS = ("communication buffers", "allocator reserve")
 FP8, FP8_MOMENTS = "precision.frozen_weights=fp8", "optimizer.moments=fp8"

@@ -20,11 +20,11 @@ from megatron_scalebio.active_layers import Role
 from megatron_scalebio.config import UserError, load_config
 from megatron_scalebio.data import Example
 from megatron_scalebio.data.packing import build_micro_batch
-from megatron_scalebio.estimates import model_parameters
-from megatron_scalebio.flops import Work, causal_pairs, step_flops
 from megatron_scalebio.mcore.dual_model import DualModel
 from megatron_scalebio.mcore.parameters import NamedParameter
-from megatron_scalebio.step_time import H100
+from megatron_scalebio.plan.flops import Work, causal_pairs, step_flops
+from megatron_scalebio.plan.seconds import H100
+from megatron_scalebio.plan.sizes import model_parameters
 from tests.distributed import run_distributed
 from tools import benchmark_throughput
 from tools.benchmarks import throughput, throughput_run, throughput_split
@@ -33,7 +33,7 @@ from tools.benchmarks.throughput_report import PEAKS, log_line, peak_of, results
 from tools.benchmarks.throughput_run import Content, Step, content_of
 from tools.benchmarks.throughput_split import PARTS, Stopwatch
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 MODEL = REPOSITORY / "examples" / "models" / "qwen2_7b"
 CPU = torch.device("cpu")
 TINY = (

@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 from megatron_scalebio.config import SourceConfig, UserError, config_sha256, load_config, write_config
-from megatron_scalebio.console import RunConsole, duration
-from megatron_scalebio.metrics import MetricsWriter, check_output_dir, read_metrics, weights_summary
+from megatron_scalebio.show.console import RunConsole, duration
+from megatron_scalebio.show.metrics import MetricsWriter, check_output_dir, read_metrics, weights_summary
 
 NUM_EXAMPLES = {"clean": 30, "noisy": 20}
 

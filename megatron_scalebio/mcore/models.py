@@ -19,8 +19,8 @@ from megatron_scalebio.hf import Checkpoint
 from megatron_scalebio.hf.mapping import read_shard
 from megatron_scalebio.losses import TokenCoefs
 from megatron_scalebio.mcore.active_set import ActiveSet
+from megatron_scalebio.mcore.build import build_model
 from megatron_scalebio.mcore.dual_model import DualModel, run_flush
-from megatron_scalebio.mcore.model import build_model
 from megatron_scalebio.mcore.parameters import NamedParameter, layer_block, named_parameters, random_shard
 from megatron_scalebio.mcore.process_groups import ProcessGroups
 from megatron_scalebio.mcore.weight_store import WeightStore, data_parallel_shard, gather_weights, make_blocks

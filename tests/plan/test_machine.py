@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_scalebio import preflight
 from megatron_scalebio.config import Config, UserError, load_config
-from megatron_scalebio.estimates import padded_block
-from megatron_scalebio.planner import make_plan
-from megatron_scalebio.step_memory import GIB
-from megatron_scalebio.step_time import H100
+from megatron_scalebio.plan import machine as module
+from megatron_scalebio.plan.memory import GIB
+from megatron_scalebio.plan.planner import make_plan
+from megatron_scalebio.plan.seconds import H100
+from megatron_scalebio.plan.sizes import padded_block
 from tests.mcore.runs import SMALL_RUN, VOCAB_SIZE
 
 Usage = namedtuple("Usage", "total used free")
@@ -30,10 +30,10 @@ def machine(monkeypatch):
     def change(gpu: float = 79.1, host: float = 1000, disk: float = 10_000, shared: float = 8, nccl: bool = True):
         usage = {"shm": Usage(int(shared * GIB), 0, 0)}
         free = Usage(0, 0, int(disk * GIB))
-        monkeypatch.setattr(preflight, "find_cuda", lambda: gpu > 0)
-        monkeypatch.setattr(preflight, "gpu_memory", lambda ranks_here: int(gpu * GIB))
-        monkeypatch.setattr(preflight, "has_nccl", lambda: nccl)
-        monkeypatch.setattr(preflight, "host_memory", lambda: int(host * GIB))
+        monkeypatch.setattr(module, "find_cuda", lambda: gpu > 0)
+        monkeypatch.setattr(module, "gpu_memory", lambda ranks_here: int(gpu * GIB))
+        monkeypatch.setattr(module, "has_nccl", lambda: nccl)
+        monkeypatch.setattr(module, "host_memory", lambda: int(host * GIB))
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage.get(Path(path).name, free))
 
     change()
@@ -48,7 +48,7 @@ FP8 = ("precision.frozen_weights=fp8", "parallel.recompute=full")
 
 
 def test_a_machine_that_has_all_passes(machine, tmp_path):
-    preflight.check_machine(a_config(tmp_path, *FP8), 152_064, 8, 8)
+    module.check_machine(a_config(tmp_path, *FP8), 152_064, 8, 8)
 
 
 @pytest.mark.parametrize(
@@ -68,27 +68,27 @@ def test_a_machine_that_has_all_passes(machine, tmp_path):
 def test_what_is_short_is_named(machine, tmp_path, change, overrides, words):
     machine(**change)
     with pytest.raises(UserError) as error:
-        preflight.check_machine(a_config(tmp_path, *overrides), 152_064, 8, 8)
+        module.check_machine(a_config(tmp_path, *overrides), 152_064, 8, 8)
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
 def test_all_that_is_short_is_told_at_once(machine, tmp_path):
     machine(gpu=40, host=20, disk=30, shared=0.0625)
     with pytest.raises(UserError) as error:
-        preflight.check_machine(a_config(tmp_path, *FP8), 152_064, 8, 8)
+        module.check_machine(a_config(tmp_path, *FP8), 152_064, 8, 8)
     assert len(str(error.value).splitlines()) == 4
 
 
 def test_a_tiny_run_on_the_cpu_passes_on_the_machine_at_hand(tmp_path):
     config = load_config(None, [*SMALL_RUN, "run.device=cpu", f"run.output_dir={tmp_path}"])
-    preflight.check_machine(config, VOCAB_SIZE, 1, 1)
+    module.check_machine(config, VOCAB_SIZE, 1, 1)
 
 
 def test_the_checkpoint_is_what_has_trained_and_its_moments(tmp_path):
     """With FP8 and all else frozen: of each layer that has trained an fp32 master, the moments of those that train at
     the end, and in bf16 what is no layer."""
     config = a_config(tmp_path, *FP8, "lisa.always_active=[]", "bilevel.steps=40", "parallel.pipeline=1")
-    number, size = preflight.checkpoints(make_plan(config, 152_064, 1, 0, H100))
+    number, size = module.checkpoints(make_plan(config, 152_064, 1, 0, H100))
     layer = padded_block(487_605_248, 1)
     assert number == 1
     assert size == 4 * 2 * (4 * layer + 2 * 2 * layer) + 2 * (2 * 152_064 + 1) * 5120
@@ -109,7 +109,7 @@ def test_checkpoints_that_are_written_are_not_counted_again(tmp_path, overrides,
     config = a_config(tmp_path, *FP8, *overrides)
     for step in steps:
         (Path(config.run.output_dir) / "checkpoints" / step).mkdir(parents=True)
-    assert preflight.checkpoints(make_plan(config, 152_064, 8, 0, H100))[0] == number
+    assert module.checkpoints(make_plan(config, 152_064, 8, 0, H100))[0] == number
 
 
 def test_a_run_that_goes_on_needs_the_disk_of_what_it_has_yet_to_write(machine, tmp_path):
@@ -118,12 +118,12 @@ def test_a_run_that_goes_on_needs_the_disk_of_what_it_has_yet_to_write(machine, 
     (folder / "checkpoints" / "step_200").mkdir(parents=True)
     machine(disk=0)
     with pytest.raises(UserError, match="1 checkpoint of up to .*free: set run.export=false, or write elsewhere"):
-        preflight.check_machine(config, 152_064, 8, 8)
+        module.check_machine(config, 152_064, 8, 8)
     (folder / "checkpoints" / "step_234").mkdir()
     with pytest.raises(UserError, match="0 checkpoints .* an export of 61.0 GiB"):
-        preflight.check_machine(config, 152_064, 8, 8)
+        module.check_machine(config, 152_064, 8, 8)
     (folder / "hf").mkdir()
-    preflight.check_machine(config, 152_064, 8, 8)
+    module.check_machine(config, 152_064, 8, 8)
 
 
 def test_a_run_that_may_fit_is_warned_of_and_let_go_on(machine, tmp_path, capsys):
@@ -131,11 +131,11 @@ def test_a_run_that_may_fit_is_warned_of_and_let_go_on(machine, tmp_path, capsys
     stages = make_plan(config, 152_064, 8, 0, H100).stages
     without_reserve = max(stage.total - stage.parts["allocator reserve"] for stage in stages) / GIB
     machine(gpu=without_reserve + 0.01)
-    preflight.check_machine(config, 152_064, 8, 8)
+    module.check_machine(config, 152_064, 8, 8)
     assert capsys.readouterr().err.startswith("warning: on this machine's GPUs the run does not fit: rank 7 (stage 7)")
     machine(gpu=without_reserve - 0.01)
     with pytest.raises(UserError, match="does not fit"):
-        preflight.check_machine(config, 152_064, 8, 8)
+        module.check_machine(config, 152_064, 8, 8)
     assert not capsys.readouterr().err
 
 
@@ -145,30 +145,30 @@ def test_masters_on_the_host_take_powers_of_two(machine, tmp_path):
     masters = make_plan(config, 152_064, 1, 0, H100).stages[0].parts["host masters"]
     assert masters == 4 * 4 * padded_block(487_605_248, 1)
     machine(gpu=500, host=8.01)
-    preflight.check_machine(config, 152_064, 1, 1)
+    module.check_machine(config, 152_064, 1, 1)
     machine(gpu=500, host=7.99)
     with pytest.raises(UserError, match="1 ranks need 8.0 GiB"):
-        preflight.check_machine(config, 152_064, 1, 1)
+        module.check_machine(config, 152_064, 1, 1)
 
 
 @pytest.mark.parametrize("limit, room", [("max", 900), ("1000", 1000 - 700 + 200 + 150), ("5000", 900)])
 def test_the_files_that_a_container_has_cached_are_room(tmp_path, monkeypatch, limit, room):
-    monkeypatch.setattr(preflight, "MEMORY_INFO", tmp_path / "meminfo")
-    monkeypatch.setattr(preflight, "CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(module, "MEMORY_INFO", tmp_path / "meminfo")
+    monkeypatch.setattr(module, "CONTROL_GROUP", tmp_path)
     kib = 1024
     (tmp_path / "meminfo").write_text("MemTotal: 4000 kB\nMemAvailable: 900 kB\n")
     (tmp_path / "memory.max").write_text(limit if limit == "max" else str(int(limit) * kib))
     (tmp_path / "memory.current").write_text(f"{700 * kib}\n")
     stat = {"anon": 300, "file": 400, "active_file": 200, "inactive_file": 150}
     (tmp_path / "memory.stat").write_text("".join(f"{name} {size * kib}\n" for name, size in stat.items()))
-    assert preflight.host_memory() == room * kib
+    assert module.host_memory() == room * kib
     (tmp_path / "memory.stat").unlink()
-    assert preflight.host_memory() == 900 * kib
+    assert module.host_memory() == 900 * kib
 
 
 def test_fp8_is_exported_in_bf16(tmp_path):
     sizes = [
-        preflight.export_bytes(a_config(tmp_path, f"precision.compute={compute}"), 152_064)
+        module.export_bytes(a_config(tmp_path, f"precision.compute={compute}"), 152_064)
         for compute in ("bf16", "fp8", "fp32", "fp64")
     ]
     assert sizes[0] == sizes[1] == sizes[2] // 2 == sizes[3] // 2

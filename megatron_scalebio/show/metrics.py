@@ -18,7 +18,7 @@ from megatron_scalebio.config import (
     load_config,
     write_config,
 )
-from megatron_scalebio.console import RunConsole
+from megatron_scalebio.show.console import RunConsole
 
 # A weight that moved by more than this in the last quarter of the steps has not settled.
 MOVING = 0.02

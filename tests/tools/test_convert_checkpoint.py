@@ -23,7 +23,7 @@ from tests.hf.tiny_models import CONFIGS, random_model
 from tests.test_real_models import FP8, RUN, TP2, dataset, tensors
 from tools import convert_checkpoint
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("overrides", [(), (FP8,)], ids=str)

@@ -13,10 +13,10 @@ from typing import Any
 
 from megatron_scalebio.active_layers import Role, draw_active_layers, period_of
 from megatron_scalebio.config import Config
-from megatron_scalebio.estimates import on_device, rank_bytes, stage_layers
-from megatron_scalebio.flops import Flops, Work, six_n_equivalent, step_flops, work_of
-from megatron_scalebio.step_memory import GIB, pass_bytes
-from megatron_scalebio.step_time import Device, StepTime, predict_step, stage_loads
+from megatron_scalebio.plan.flops import Flops, Work, six_n_equivalent, step_flops, work_of
+from megatron_scalebio.plan.memory import GIB, pass_bytes
+from megatron_scalebio.plan.seconds import Device, StepTime, predict_step, stage_loads
+from megatron_scalebio.plan.sizes import on_device, rank_bytes, stage_layers
 
 Draws = Sequence[Sequence[Collection[int]]]  # by period, by model
 
@@ -140,7 +140,7 @@ class Plan:
 def make_plan(
     config: Config, vocab_size: int, world_size: int, memory: int, device: Device, draws: Draws | None = None
 ) -> Plan:
-    """The plan of a configuration that `config_rules.check_config` accepts.
+    """The plan of a configuration that `rules.check_config` accepts.
 
     Args:
         memory: bytes of one GPU.

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_scalebio.config import Config, SourceConfig, UserError
-from megatron_scalebio.config_rules import check_config
 from megatron_scalebio.data.tokenizers import load_tokenizer
-from megatron_scalebio.estimates import model_parameters
-from megatron_scalebio.flops import six_n_equivalent
-from megatron_scalebio.layout_search import ROOM, search_layouts
-from megatron_scalebio.planner import Plan, layout_of, make_plan
-from megatron_scalebio.step_memory import CUDA_CONTEXT, FRAGMENTATION, GIB, NCCL_COMMUNICATOR
-from megatron_scalebio.step_time import EFFICIENCY, HOST_LINK, NETWORK, NVLINK, Device, device_of
+from megatron_scalebio.plan.flops import six_n_equivalent
+from megatron_scalebio.plan.memory import CUDA_CONTEXT, FRAGMENTATION, GIB, NCCL_COMMUNICATOR
+from megatron_scalebio.plan.planner import Plan, layout_of, make_plan
+from megatron_scalebio.plan.search import ROOM, search_layouts
+from megatron_scalebio.plan.seconds import EFFICIENCY, HOST_LINK, NETWORK, NVLINK, Device, device_of
+from megatron_scalebio.plan.sizes import model_parameters
+from megatron_scalebio.rules import check_config
 
 MOST_LAYOUTS = 6
 

@@ -17,7 +17,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from megatron_scalebio.config import Config, padded_vocab_size
-from megatron_scalebio.estimates import (
+from megatron_scalebio.families import FAMILIES
+from megatron_scalebio.plan.sizes import (
     WEIGHT_BYTES,
     head_size,
     linear_shapes,
@@ -25,7 +26,6 @@ from megatron_scalebio.estimates import (
     stage_blocks,
     stage_layers,
 )
-from megatron_scalebio.families import FAMILIES
 
 GIB = 2**30
 LOGITS_CHUNK = 4096  # loss tokens whose logits exist at a time (kernels/head_loss.py, TOKENS_PER_CHUNK on CUDA)

@@ -11,18 +11,19 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_scalebio import cli, dry_run, plan_report
+from megatron_scalebio import cli, dry_run
 from megatron_scalebio.config import Config, SourceConfig, UserError, load_config
-from megatron_scalebio.config_rules import check_config
-from megatron_scalebio.estimates import rank_bytes
 from megatron_scalebio.hf import adopt_checkpoint
-from megatron_scalebio.layout_search import ROOM, search_layouts
-from megatron_scalebio.plan_report import settings_of
-from megatron_scalebio.planner import Plan, make_plan, num_microbatches, stage_memory
-from megatron_scalebio.step_memory import GIB
-from megatron_scalebio.step_time import H100, H200, StageLoad, flush_seconds, stage_loads
+from megatron_scalebio.plan import report
+from megatron_scalebio.plan.memory import GIB
+from megatron_scalebio.plan.planner import Plan, make_plan, num_microbatches, stage_memory
+from megatron_scalebio.plan.report import settings_of
+from megatron_scalebio.plan.search import ROOM, search_layouts
+from megatron_scalebio.plan.seconds import H100, H200, StageLoad, flush_seconds, stage_loads
+from megatron_scalebio.plan.sizes import rank_bytes
+from megatron_scalebio.rules import check_config
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 QWEN_32B = REPOSITORY / "examples" / "models" / "qwen25_32b"
 VOCAB_SIZE = 152_064
 H100_BYTES, H200_BYTES = int(H100.memory * GIB), int(H200.memory * GIB)
@@ -131,7 +132,7 @@ def test_a_dry_run_refuses_memory_that_no_gpu_has(gib):
 def test_fp8_that_is_planned_as_bf16_is_told(compute, told):
     plan = plan_of(8, "parallel.pipeline=8", "bilevel.steps=20", f"precision.compute={compute}")
     dataset = SimpleNamespace(source_names=[], train=[], validation=[], test=[])
-    for lines in (plan_report.plan_lines(plan), dry_run._lines(plan, dataset)):
+    for lines in (report.plan_lines(plan), dry_run._lines(plan, dataset)):
         assert ("precision.compute=fp8 is planned as bf16" in "\n".join(lines)) == told
 
 

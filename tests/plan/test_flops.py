@@ -6,7 +6,15 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from megatron_scalebio.active_layers import Role
 from megatron_scalebio.config import load_config
-from megatron_scalebio.flops import Work, causal_pairs, pass_flops, six_n_equivalent, stage_flops, step_flops, work_of
+from megatron_scalebio.plan.flops import (
+    Work,
+    causal_pairs,
+    pass_flops,
+    six_n_equivalent,
+    stage_flops,
+    step_flops,
+    work_of,
+)
 from tests.distributed import run_distributed
 from tests.mcore.runs import MAX_LENGTH, VOCAB_SIZE, Case, RankRun
 

@@ -1,0 +1,53 @@
+"""Settings: declared in `settings`, read and merged in `loading`."""
+
+from megatron_scalebio.config.errors import UserError
+from megatron_scalebio.config.loading import (
+    changed_from_preset,
+    config_sha256,
+    flatten,
+    given_settings,
+    load_config,
+    nearest,
+    padded_vocab_size,
+    to_dict,
+    write_config,
+)
+from megatron_scalebio.config.settings import (
+    PRESETS,
+    BilevelConfig,
+    Config,
+    DataConfig,
+    LisaConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    RunConfig,
+    ShapeConfig,
+    SourceConfig,
+)
+
+__all__ = [
+    "PRESETS",
+    "BilevelConfig",
+    "Config",
+    "DataConfig",
+    "LisaConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "PrecisionConfig",
+    "RunConfig",
+    "ShapeConfig",
+    "SourceConfig",
+    "UserError",
+    "changed_from_preset",
+    "config_sha256",
+    "flatten",
+    "given_settings",
+    "load_config",
+    "nearest",
+    "padded_vocab_size",
+    "to_dict",
+    "write_config",
+]

@@ -1,0 +1,1 @@
+"""What a person sees of a run: metrics on disk, the console, charts, the report."""
