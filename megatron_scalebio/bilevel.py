@@ -58,7 +58,7 @@ class NonFinite(Exception):
 
 
 class Models(Protocol):
-    """What a step needs of the two models. Megatron-Core's host is one; a quadratic can be another."""
+    """What a step needs of the two models. `mcore.models.MegatronModels` is one; a quadratic can be another."""
 
     def forward_backward(self, passes: list[Pass], fingerprint: int) -> list[Tensor]:
         """Mean losses per source of each pass, [num_sources] fp64 on the host, over the whole global batch; the
@@ -119,7 +119,7 @@ class Bilevel:
             return scheduled_lr(base, schedule, step, settings.steps, warmup)
 
         lr = rate(optimizer.lr, optimizer.schedule, optimizer.warmup)
-        lr_lower = lr if optimizer.lr_lower is None else rate(optimizer.lr_lower, optimizer.schedule, optimizer.warmup)
+        lr_lower = rate(optimizer.lr_lower, optimizer.schedule, optimizer.warmup)
         max_norm = None if optimizer.clip_grad is None else optimizer.clip_grad * alpha
         if fixed:
             norm = models.step(Role.UPPER, lr, max_norm)

@@ -8,7 +8,6 @@ Megatron-Core's distributed format. Resuming on the same layout continues bit fo
 import json
 import logging
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Protocol
@@ -19,13 +18,14 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
 from megatron_scalebio.config import Config, UserError, config_sha256
+from megatron_scalebio.run_folder import RunFolder
 
 # It warns at every save, on every rank, that its built-in writer is deprecated.
 logging.getLogger("megatron.core.dist_checkpointing.strategies.torch").setLevel(logging.ERROR)
 
 
 class Checkpointable(Protocol):
-    """What a checkpoint needs of the models; see `mcore.models.MegatronModels`."""
+    """What a checkpoint needs of the models; see `mcore.persistence.Persistence`."""
 
     def state(self) -> dict: ...  # every rank calls it
 
@@ -36,15 +36,11 @@ class Checkpointable(Protocol):
     def load_tensors(self, loaded: dict[str, Tensor]) -> None: ...
 
 
-def checkpoint_dir(config: Config, step: int) -> Path:
-    return Path(config.run.output_dir) / "checkpoints" / f"step_{step}"
-
-
 def newest_checkpoint(config: Config) -> Path | None:
-    """The complete checkpoint of the highest step, or None; directories of other names are ignored."""
-    folder = Path(config.run.output_dir) / "checkpoints"
-    steps = [int(match[1]) for path in folder.glob("step_*") if (match := re.fullmatch(r"step_(\d+)", path.name))]
-    return folder / f"step_{max(steps)}" if steps else None
+    """The complete checkpoint of the highest step, or None."""
+    folder = RunFolder(Path(config.run.output_dir))
+    step = folder.newest_step()
+    return None if step is None else folder.checkpoint(step)
 
 
 def save_checkpoint(
@@ -54,7 +50,7 @@ def save_checkpoint(
 
     `run_state` is what else the run needs to go on, as JSON keeps it: it comes back under its keys in `read_state`.
     """
-    final = checkpoint_dir(config, step)
+    final = RunFolder(Path(config.run.output_dir)).checkpoint(step)
     if final.exists():
         return
     partial = final.with_name(final.name + ".partial")

@@ -4,17 +4,19 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from megatron_scalebio.config import Config, UserError, changed_from_preset
+from megatron_scalebio.config import UserError
 from megatron_scalebio.data import Dataset
 from megatron_scalebio.device import find_cuda, gpu_memory
 from megatron_scalebio.mcore.rehearsal import rehearse
-from megatron_scalebio.plan.memory import GIB
-from megatron_scalebio.plan.planner import Plan, StageMemory, make_plan
+from megatron_scalebio.plan.planner import Plan, StageMemory
 from megatron_scalebio.plan.report import batch_line, compute_lines, layout_line, memory_lines, parameters_line
 from megatron_scalebio.plan.seconds import H100
+from megatron_scalebio.plan.sizes import GIB
+from megatron_scalebio.resolution import changed_from_preset
+from megatron_scalebio.run import Run
 
 
-def dry_run(config: Config, dataset: Dataset, world_size: int, gib: float | None) -> bool:
+def dry_run(run: Run, world_size: int, gib: float | None) -> bool:
     """Print the layout, the batch, the data, what each stage holds, and what differs from the preset.
 
     For GPUs the memory is that of the real step, rehearsed on fake tensors; for the CPU it is arithmetic.
@@ -26,15 +28,14 @@ def dry_run(config: Config, dataset: Dataset, world_size: int, gib: float | None
     """
     if gib is not None and not 0 < gib < math.inf:
         raise UserError(f"--gpu-memory {gib:g}: must be positive and finite")
-    vocab_size = config.model.shape.vocab_size or dataset.tokenizer.vocab_size
-    plan = make_plan(config, vocab_size, world_size, int(H100.memory * GIB), H100)
+    config, plan = run.config, Plan.of(run.config, world_size)
     on_gpus = config.run.device != "cpu" and config.precision.compute != "fp64"
     if on_gpus:
         print("rehearsing a step of every pipeline stage on fake tensors ...", flush=True)
         stages = [rehearsed(plan, stage) for stage in range(config.parallel.pipeline)]
-        memory = gib or (gpu_memory(world_size) / GIB if find_cuda() else H100.memory)
-        plan = replace(plan, memory=int(memory * GIB), stages=stages)
-    print("\n".join(_lines(plan, dataset)))
+        memory = int(gib * GIB) if gib else gpu_memory(world_size) if find_cuda() else H100.memory
+        plan = replace(plan, memory=memory, stages=stages)
+    print("\n".join(_lines(plan, run.dataset)))
     if on_gpus:
         print(plan.verdict)
     return plan.fits or not on_gpus
@@ -45,7 +46,7 @@ def rehearsed(plan: Plan, stage: int) -> StageMemory:
     the host, which are most in another period than the rehearsed one."""
     planned = plan.stages[stage]
     rank = stage * plan.world_size // plan.config.parallel.pipeline
-    found = rehearse(plan.config, plan.world_size, rank, plan.vocab_size, on_cuda=True)
+    found = rehearse(plan.config, plan.world_size, rank, on_cuda=True)
     as_planned = ("communication buffers", "allocator reserve", "host masters")
     parts = dict.fromkeys(planned.parts, 0) | found.parts | {part: planned.parts[part] for part in as_planned}
     return StageMemory(stage, found.period, parts)

@@ -4,8 +4,10 @@ import importlib.util
 import math
 from typing import Any
 
+from megatron_scalebio.anatomy import FAMILIES, head_size
+from megatron_scalebio.anatomy.decoder import OUTER_BLOCKS
+from megatron_scalebio.anatomy.fields import ROPE_SCALING
 from megatron_scalebio.config import Config, UserError, flatten, nearest
-from megatron_scalebio.families import FAMILIES, ROPE_SCALING
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "model.family": tuple(FAMILIES),
@@ -82,8 +84,8 @@ NOT_NEGATIVE = (
     "optimizer.warmup",
 )
 
-# Without a counterpart in the other families' checkpoints and formulas.
-GEMMA_ONLY = ("query_pre_attn_scalar", "attention_softcap", "final_softcap", "sliding_window")
+# Settings of model.shape that not every family has a formula for.
+FAMILY_OPTIONS = ("query_pre_attn_scalar", "attention_softcap", "final_softcap", "sliding_window", "rope_scaling")
 
 
 def check_config(config: Config, world_size: int, vocab_size: int | None) -> None:
@@ -182,18 +184,18 @@ def _family(config: Config) -> list[str]:
     """What a family's formulas and checkpoints have no place for."""
     model, shape, problems = config.model, config.model.shape, []
     family, name = FAMILIES[model.family], f"model.family={model.family}"
-    if model.family != "gemma2":
-        problems += [
-            f"model.shape.{key}={getattr(shape, key)}: {name} has none; set it to null, or model.family to gemma2"
-            for key in GEMMA_ONLY
-            if getattr(shape, key) is not None
-        ]
-    elif not shape.tied_embeddings:
+    for key in FAMILY_OPTIONS:
+        value = getattr(shape, key)
+        if value is not None and key not in family.options:
+            others = " or ".join(other.name for other in FAMILIES.values() if key in other.options)
+            shown = "" if isinstance(value, dict) else f"={value}"
+            problems.append(f"model.shape.{key}{shown}: {name} has none; set it to null, or model.family to {others}")
+    if family.always_tied and not shape.tied_embeddings:
         problems.append(f"{name} uses its embedding as its head: set model.shape.tied_embeddings=true")
     if shape.rope_scaling is not None:
-        if model.family != "llama3":
-            problems.append(f"model.shape.rope_scaling: {name} has none; set it to null, or model.family to llama3")
         problems += _rope_scaling(shape.rope_scaling)
+    if model.implementation == "te" and family.head_norms:
+        problems.append(f"model.implementation=te has no norms of query and key heads, as {name}; use native or auto")
     if model.implementation == "te" and family.post_norms:
         problems.append(
             f"model.implementation=te has neither the post norms nor the softcaps of {name}; use native or auto"
@@ -294,12 +296,12 @@ def _fp8_products(config: Config) -> list[str]:
     """An FP8 product of a layer that trains adds up its inputs, its outputs or the tokens, in steps of 16."""
     shape, tensor, problems = config.model.shape, config.parallel.tensor, []
     heads, groups = shape.num_attention_heads, shape.num_query_groups
-    head_size = (shape.head_size or shape.hidden_size // heads) / tensor
+    size = head_size(shape) / tensor
     sizes = {
         "model.shape.hidden_size": shape.hidden_size,
         "model.shape.ffn_hidden_size / tensor": shape.ffn_hidden_size / tensor,
-        "num_attention_heads * head size / tensor": heads * head_size,
-        "(num_attention_heads + 2 * num_query_groups) * head size / tensor": (heads + 2 * groups) * head_size,
+        "num_attention_heads * head size / tensor": heads * size,
+        "(num_attention_heads + 2 * num_query_groups) * head size / tensor": (heads + 2 * groups) * size,
         "data.micro_batch_size * data.max_length": config.data.micro_batch_size * config.data.max_length,
     }
     problems += [
@@ -314,7 +316,7 @@ def _fp8_products(config: Config) -> list[str]:
 
 
 def _always_active(config: Config) -> list[str]:
-    blocks, names = config.lisa.always_active, ("embedding", "final_norm", "head")
+    blocks, names = config.lisa.always_active, tuple(OUTER_BLOCKS)
     named = f"lisa.always_active={blocks}"
     if unknown := [block for block in blocks if block not in names]:
         known = nearest(str(unknown[0]), names)

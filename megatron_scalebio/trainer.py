@@ -14,22 +14,22 @@ from megatron_scalebio.active_layers import Role, draw_active_layers, period_of
 from megatron_scalebio.bilevel import Bilevel, NonFinite, StepResult, evaluation_pass
 from megatron_scalebio.checkpoint import load_models, newest_checkpoint, read_state, save_checkpoint
 from megatron_scalebio.config import Config, UserError
-from megatron_scalebio.data import Dataset, Sampler, StepBatch
+from megatron_scalebio.data import Sampler, StepBatch
 from megatron_scalebio.device import choose_device, read_back
 from megatron_scalebio.mcore.attention import choose_attention
 from megatron_scalebio.mcore.export import export_model
 from megatron_scalebio.mcore.models import MegatronModels
 from megatron_scalebio.mcore.parameters import NamedParameter
 from megatron_scalebio.mcore.process_groups import start_process_groups
+from megatron_scalebio.run import Run
+from megatron_scalebio.run_folder import RunFolder
 from megatron_scalebio.show.metrics import MetricsWriter
 from megatron_scalebio.source_weights import SourceWeights
 
 
-def train(config: Config, dataset: Dataset) -> int:
+def train(run: Run) -> int:
     """Run to the last step, or until a signal. Returns the exit status: 0, 1, 130 or 143."""
-    with _StopSignal() as stop:
-        trainer = Trainer(config, dataset)
-        status = trainer.run(stop)
+    status = Trainer(run).train()
     dist.destroy_process_group()
     return status
 
@@ -37,25 +37,22 @@ def train(config: Config, dataset: Dataset) -> int:
 class Trainer:
     """One run on one rank: models, source weights and data, at the step after which they stand.
 
+        trainer = Trainer(open_run("FILE.yaml"))
+        trainer.train()
+        trainer.weights  # {"clean": 0.98, "noisy": 0.02}
+
     Args:
         initial_weights: see `MegatronModels`.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        dataset: Dataset,
-        initial_weights: Callable[[NamedParameter], Tensor] | None = None,
-    ):
-        self.config, self.dataset = config, dataset
+    def __init__(self, run: Run, initial_weights: Callable[[NamedParameter], Tensor] | None = None):
+        config, dataset = self.config, self.dataset = run.config, run.dataset
+        self.folder = RunFolder(Path(config.run.output_dir))
         self.device = choose_device(config.run.device)
         self.groups = start_process_groups(config.parallel, self.device)
         self.sampler = Sampler(dataset, config, self.groups.data.rank(), self.groups.data.size())
-        vocab_size = config.model.shape.vocab_size or dataset.tokenizer.vocab_size
         checkpoint = newest_checkpoint(config) if config.run.resume == "auto" else None
-        self.models = MegatronModels(
-            config, self.groups, self.device, vocab_size, initial_weights, loads=checkpoint is None
-        )
+        self.models = MegatronModels(config, self.groups, self.device, initial_weights, loads=checkpoint is None)
         if self.groups.rank == 0:
             print(f"attention: {choose_attention(config.model, self.device, self.models.dtype).line}")
         self.source_weights = make_source_weights(config, dataset.source_names)
@@ -65,11 +62,21 @@ class Trainer:
         if checkpoint is not None:
             self._resume(checkpoint)
         if config.run.resume == "auto" and self.groups.rank == 0:
-            folder = Path(config.run.output_dir) / "checkpoints"
-            print(f"resumed after step {self.step}" if checkpoint else f"no checkpoint in {folder}: starts anew")
+            where = self.folder.checkpoints
+            print(f"resumed after step {self.step}" if checkpoint else f"no checkpoint in {where}: starts anew")
 
-    def run(self, stop: "_StopSignal") -> int:
-        """The loop. Returns the exit status."""
+    @property
+    def weights(self) -> dict[str, float]:
+        """How much each source counts: {name: weight}, which sum to one."""
+        return dict(zip(self.dataset.source_names, self.source_weights.weights.tolist(), strict=True))
+
+    def train(self) -> int:
+        """Run to the last step and export the model, or save a checkpoint at a signal. Returns the exit status: 0; 1 if
+        the run diverged, 130 after SIGINT, 143 after SIGTERM."""
+        with _StopSignal() as stop:
+            return self._loop(stop)
+
+    def _loop(self, stop: "_StopSignal") -> int:
         config, num_steps = self.config, self.config.bilevel.steps
         num_examples = {
             name: len(examples) for name, examples in zip(self.dataset.source_names, self.dataset.train, strict=True)
@@ -118,7 +125,7 @@ class Trainer:
 
     def _export(self) -> int:
         """Write the upper model to output_dir/hf. Returns the exit status: the run has its result whatever happens."""
-        folder = Path(self.config.run.output_dir) / "hf"
+        folder = self.folder.hf
         there = [folder.exists()]
         dist.broadcast_object_list(there)
         try:
@@ -135,7 +142,7 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of the state after the last step taken."""
         run_state = {"source_weights": self.source_weights.state_dict(), "active_layers": self.active_layers}
-        save_checkpoint(self.config, self.step, self.dataset.fingerprint, run_state, self.models)
+        save_checkpoint(self.config, self.step, self.dataset.fingerprint, run_state, self.models.persistence)
 
     def record(self, batch: StepBatch, result: StepResult) -> dict:
         """One step's record: the keys of metrics.jsonl, with numbers per source by the sources' names."""
@@ -182,7 +189,7 @@ class Trainer:
     def _resume(self, checkpoint: Path) -> None:
         state = read_state(checkpoint, self.config, self.dataset.fingerprint)
         self._redraw({Role(role): layers for role, layers in state["active_layers"].items()})
-        load_models(checkpoint, state, self.models)
+        load_models(checkpoint, state, self.models.persistence)
         self.source_weights.load_state_dict(state["source_weights"])
         self.step = state["step"]
 

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from megatron_scalebio.active_layers import Role
 from megatron_scalebio.bilevel import Bilevel, NonFinite, Pass
-from megatron_scalebio.config import Config, load_config
+from megatron_scalebio.config import Config
 from megatron_scalebio.data import MicroBatch, StepBatch
 from megatron_scalebio.source_weights import SourceWeights
+from tests.configs import resolved
 
 NUM_SOURCES, SIZE = 3, 4
 _generator = torch.Generator().manual_seed(0)
@@ -85,7 +86,7 @@ def batch() -> StepBatch:
 
 
 def config(*overrides: str) -> Config:
-    return load_config(None, ["bilevel.steps=10", *overrides])
+    return resolved("bilevel.steps=10", *overrides)
 
 
 def exact_hypergradient(logits: Tensor) -> Tensor:

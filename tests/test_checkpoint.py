@@ -13,9 +13,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_scalebio.config import Config, UserError, load_config
+from megatron_scalebio.config import Config, UserError
 from megatron_scalebio.data import Dataset
+from megatron_scalebio.run import Run
 from megatron_scalebio.trainer import Trainer
+from tests.configs import resolved
 from tests.distributed import run_distributed
 from tests.mcore.runs import SMALL_RUN, VOCAB_SIZE, random_examples, state_tensors
 
@@ -115,7 +117,7 @@ def test_a_non_finite_loss_ends_the_run_and_keeps_the_checkpoints_before_it(step
 
 def train(folder: Path, overrides: tuple[str, ...], seed: int = 0, poisoned_step: int = 0) -> dict:
     """On every rank: run or resume to the end; rank 1 meets an infinite loss at `poisoned_step`."""
-    trainer = Trainer(config_of(folder, overrides), small_dataset(seed))
+    trainer = Trainer(Run(config_of(folder, overrides), small_dataset(seed)))
     started, sample = trainer.step, trainer.sampler.step
 
     def sample_with_poison(step: int):
@@ -133,7 +135,7 @@ def train(folder: Path, overrides: tuple[str, ...], seed: int = 0, poisoned_step
         "errors": errors.getvalue(),
         "started": started,
         "ended": trainer.step,
-        "state": trainer.models.state(),
+        "state": trainer.models.persistence.state(),
         "source_weights": trainer.source_weights.state_dict(),
         "tensors": state_tensors(trainer.models),
     }
@@ -141,12 +143,12 @@ def train(folder: Path, overrides: tuple[str, ...], seed: int = 0, poisoned_step
 
 def refusal(folder: Path, overrides: tuple[str, ...], seed: int) -> str:
     with pytest.raises(UserError) as error:
-        Trainer(config_of(folder, overrides), small_dataset(seed))
+        Trainer(Run(config_of(folder, overrides), small_dataset(seed)))
     return str(error.value)
 
 
 def config_of(folder: Path, overrides: tuple[str, ...]) -> Config:
-    return load_config(None, [*RUN, f"run.output_dir={folder}", "run.resume=auto", *overrides])
+    return resolved(*RUN, f"run.output_dir={folder}", "run.resume=auto", *overrides)
 
 
 def small_dataset(seed: int) -> Dataset:

@@ -9,11 +9,9 @@ from megatron_scalebio.config import (
     PRESETS,
     Config,
     UserError,
-    changed_from_preset,
     config_sha256,
     flatten,
     load_config,
-    padded_vocab_size,
 )
 from megatron_scalebio.rules import AT_LEAST, CHOICES, NOT_NEGATIVE, POSITIVE, check_config
 
@@ -181,12 +179,6 @@ def test_mapping_of_the_command_line_replaces_the_file_s(load):
     assert config.bilevel.weights == {"clean": 2}
 
 
-def test_changes_from_the_preset_are_exactly_what_was_changed(load):
-    assert changed_from_preset(load()) == {}
-    changes = changed_from_preset(load("bilevel.preset=paper", "bilevel.penalty_alpha=10", "optimizer.lr=1e-3"))
-    assert changes == {"bilevel.penalty_alpha": (100.0, 10.0), "optimizer.lr": (2e-6, 1e-3)}
-
-
 def test_hash_ignores_run_but_for_its_seed(load):
     same = [load(), load("run.output_dir=/other", "run.resume=auto", "run.save_every=3", "run.device=cpu")]
     other = [load("run.seed=2"), load("optimizer.lr=1e-3"), load("data.validation=/other.jsonl")]
@@ -345,8 +337,3 @@ def test_transformer_engine_must_be_there_when_asked_for(load, monkeypatch):
 
 def test_fixed_mode_needs_no_validation(load):
     check(load("bilevel.mode=fixed", "data.validation=null"))
-
-
-@pytest.mark.parametrize("vocab_size, padded", [(1, 128), (128, 128), (258, 384), (151_646, 151_680)])
-def test_vocabulary_is_padded_to_the_next_multiple_of_128(vocab_size, padded):
-    assert padded_vocab_size(vocab_size) == padded

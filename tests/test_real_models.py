@@ -21,6 +21,7 @@ from megatron_scalebio.data import Dataset, Example
 from megatron_scalebio.data.tokenizers import BytesTokenizer
 from megatron_scalebio.hf import adopt_checkpoint
 from megatron_scalebio.mcore.export import export_model
+from megatron_scalebio.run import Run
 from megatron_scalebio.trainer import Trainer
 from tests.distributed import run_distributed
 from tests.hf.tiny_models import CONFIGS, random_model
@@ -237,7 +238,7 @@ def trainer_for(source: Path, overrides: tuple[str, ...]) -> Trainer:
     config = load_config(None, [*RUN, f"model.hf_path={source}", "data.tokenizer=bytes", *overrides])
     adopt_checkpoint(config, {})
     config.data.sources = []
-    return Trainer(config, dataset())
+    return Trainer(Run(config, dataset()))
 
 
 def dataset() -> Dataset:

@@ -14,11 +14,15 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from megatron_scalebio.mcore.models import MegatronModels
 
 # Mean distance of log-probabilities, by the coarsest of what the run computes in, its frozen weights and the export;
 # transformers computes in fp32. Rounding explains some 1e-5 and some hundredths; a tensor in the wrong place gives
@@ -56,18 +60,19 @@ def export_checkpoint(args: argparse.Namespace) -> int:
     from megatron_scalebio.active_layers import Role
     from megatron_scalebio.checkpoint import load_models, read_state
     from megatron_scalebio.config import UserError, load_config
-    from megatron_scalebio.data.tokenizers import load_tokenizer
+    from megatron_scalebio.data import load_tokenizer
     from megatron_scalebio.device import choose_device
     from megatron_scalebio.mcore.export import export_model
     from megatron_scalebio.mcore.models import MegatronModels
     from megatron_scalebio.mcore.process_groups import start_process_groups
+    from megatron_scalebio.run_folder import RunFolder
 
-    run = args.checkpoint.resolve().parent.parent
-    if not (args.checkpoint / "state.json").is_file() or not (run / "config.yaml").is_file():
+    folder = RunFolder(args.checkpoint.resolve().parent.parent)
+    if not (args.checkpoint / "state.json").is_file() or not folder.config.is_file():
         raise UserError(f"{args.checkpoint}: not a checkpoint of a run: expected RUN/checkpoints/step_N")
     if args.folder.exists():
         raise UserError(f"{args.folder} exists, and is not overwritten: name another folder")
-    config = load_config(str(run / "config.yaml"), [])
+    config = load_config(str(folder.config), [])  # resolved already
     config.run.export_dtype = args.dtype or config.run.export_dtype
     ranks, needed = int(os.environ.get("WORLD_SIZE", 1)), config.parallel.tensor * config.parallel.pipeline
     if ranks % needed:
@@ -79,26 +84,24 @@ def export_checkpoint(args: argparse.Namespace) -> int:
     device = choose_device(config.run.device)
     groups = start_process_groups(config.parallel, device)
     state = read_state(args.checkpoint, config, dataset_fingerprint=None)
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    vocab_size = config.model.shape.vocab_size or tokenizer.vocab_size
-    models = MegatronModels(config, groups, device, vocab_size, loads=False)
+    models = MegatronModels(config, groups, device, loads=False)
     if state["active_layers"]:  # an imported checkpoint is before the first draw
         models.redraw({Role(role): layers for role, layers in state["active_layers"].items()})
-    load_models(args.checkpoint, state, models)
-    export_model(models, args.folder, tokenizer.end_id)
+    load_models(args.checkpoint, state, models.persistence)
+    export_model(models, args.folder, load_tokenizer(config.data.tokenizer).end_id)
     if groups.rank == 0:
         print(f"{args.folder}: the upper model after step {state['step']}")
-    return verify(models, args.folder, vocab_size) if args.verify else 0
+    return verify(models, args.folder) if args.verify else 0
 
 
-def verify(models, folder: Path, vocab_size: int) -> int:
+def verify(models: "MegatronModels", folder: Path) -> int:
     """Compare log-probabilities of random tokens; 1 if they are further apart than rounding explains."""
     from transformers import AutoModelForCausalLM
 
     from megatron_scalebio.data import Example, build_micro_batch
 
     length = min(models.config.data.max_length, 128)
-    tokens = np.random.default_rng(0).integers(vocab_size, size=length + 1, dtype=np.int32)
+    tokens = np.random.default_rng(0).integers(models.config.model.shape.vocab_size, size=length + 1, dtype=np.int32)
     row, rows = models.config.data.max_length, models.config.data.micro_batch_size
     example = Example(tokens, np.arange(length + 1) > 0, 0)
     ours = models.token_losses(build_micro_batch([[example]], row, rows, 0))
@@ -120,21 +123,20 @@ def verify(models, folder: Path, vocab_size: int) -> int:
 
 
 def import_folder(args: argparse.Namespace) -> int:
-    from megatron_scalebio.cli import prepare
-    from megatron_scalebio.config import UserError, write_config
-    from megatron_scalebio.trainer import Trainer
+    from megatron_scalebio import Trainer, UserError, open_run
+    from megatron_scalebio.config import write_config
 
-    given = argparse.Namespace(command="train", config=args.config, overrides=args.overrides, dry_run=False)
-    config, dataset = prepare(given, int(os.environ.get("WORLD_SIZE", 1)))
+    run = open_run(args.config, args.overrides)
+    config = run.config
     if config.model.hf_path is None:
         raise UserError(f"{args.config}: model.hf_path is not set: it names the folder to import")
     if config.run.resume != "never":
         raise UserError("run.resume=auto: an import begins a new run; leave it at never")
-    trainer = Trainer(config, dataset)
+    trainer = Trainer(run)
     trainer.save()
     if trainer.groups.rank == 0:
-        write_config(config, Path(config.run.output_dir) / "config.yaml")
-        print(f"{config.run.output_dir}/checkpoints/step_0: {config.model.hf_path}")
+        write_config(config, trainer.folder.config)
+        print(f"{trainer.folder.checkpoint(0)}: {config.model.hf_path}")
     return 0
 
 

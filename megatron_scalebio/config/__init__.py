@@ -2,13 +2,11 @@
 
 from megatron_scalebio.config.errors import UserError
 from megatron_scalebio.config.loading import (
-    changed_from_preset,
     config_sha256,
     flatten,
     given_settings,
     load_config,
     nearest,
-    padded_vocab_size,
     to_dict,
     write_config,
 )
@@ -41,13 +39,11 @@ __all__ = [
     "ShapeConfig",
     "SourceConfig",
     "UserError",
-    "changed_from_preset",
     "config_sha256",
     "flatten",
     "given_settings",
     "load_config",
     "nearest",
-    "padded_vocab_size",
     "to_dict",
     "write_config",
 ]

@@ -98,21 +98,6 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def changed_from_preset(config: Config) -> dict[str, tuple[Any, Any]]:
-    """{key: (value under the preset alone, value)} for every setting that differs from the run's preset.
-
-    Which data and model a run reads and where it writes is left out: no preset has a say in it.
-    """
-    plain = flatten(load_config(None, [f"bilevel.preset={config.bilevel.preset}"]))
-    current = flatten(config)
-    for key in ("data.sources", "data.validation", "data.test", "run.output_dir"):
-        del current[key]
-    if config.model.hf_path is not None:
-        current = {key: value for key, value in current.items() if not key.startswith("model.")}
-        current["model.implementation"] = config.model.implementation
-    return {key: (plain[key], value) for key, value in current.items() if plain[key] != value}
-
-
 def config_sha256(config: Config) -> str:
     """Hash of the resolved configuration without `run`, but with its seed: what decides a run's numbers."""
     tree = to_dict(config)
@@ -123,14 +108,6 @@ def config_sha256(config: Config) -> str:
 def write_config(config: Config, path: Path) -> None:
     """Writes the resolved configuration as YAML that `load_config` reads back to an equal one."""
     path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
-
-
-def padded_vocab_size(vocab_size: int) -> int:
-    """Rows of the embedding and the head: the next multiple of 128, so that any usual tensor parallelism divides it.
-
-    The padding rows are never a target and are masked out of the softmax.
-    """
-    return -(-vocab_size // 128) * 128
 
 
 def _settings(path: str | None, overrides: list[str], problems: list[str]) -> list[_Setting]:

@@ -56,8 +56,11 @@ class Dataset:
         return digest.hexdigest()
 
 
-def load_dataset(config: Config) -> Dataset:
+def load_dataset(config: Config, tokenizer: Tokenizer | None = None) -> Dataset:
     """Reads, templates and tokenises every file that `config.data` names.
+
+    Args:
+        tokenizer: that of `data.tokenizer`, where it is at hand.
 
     One file may serve several sources: a source is its name. With bilevel.mode=fixed the validation file is not read.
 
@@ -77,7 +80,7 @@ def load_dataset(config: Config) -> Dataset:
     missing = [f"{key}: {problem}" for key, path in files if (problem := path_problem(path))]
     raise_problems("data names files that cannot be read", missing)
 
-    tokenizer = load_tokenizer(data.tokenizer)
+    tokenizer = tokenizer or load_tokenizer(data.tokenizer)
     template = choose_template(data.template, tokenizer)
     dataset = Dataset(tokenizer, source_names)
     for index, (key, path) in enumerate(files):

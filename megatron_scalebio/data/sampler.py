@@ -32,7 +32,7 @@ class Sampler:
         self._dataset = dataset
         self._data = config.data
         self._batch_size = batch_size
-        self._validation_batch_size = config.bilevel.validation_batch_size or batch_size
+        self._validation_batch_size = config.bilevel.validation_batch_size
         self._rank, self._size = data_parallel_rank, data_parallel_size
         seed = config.run.seed
         if config.data.sampling == "stratified":

@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_scalebio.active_layers import Role
+from megatron_scalebio.anatomy.storage import Region
 from megatron_scalebio.config import Config
 from megatron_scalebio.kernels.adamw import adamw_update
 from megatron_scalebio.kernels.moments import Moment
 from megatron_scalebio.kernels.sum_of_squares import sum_of_squares
 from megatron_scalebio.mcore.process_groups import ProcessGroups
-from megatron_scalebio.mcore.weight_store import Block, Region, WeightStore, data_parallel_shard, gather_weights
+from megatron_scalebio.mcore.weight_store import Block, WeightStore, data_parallel_shard, gather_weights
 
 TIED_BLOCKS = ("embedding", "head")
 
@@ -77,16 +78,15 @@ class ActiveSet:
     def reduce_gradients(self) -> Tensor:
         """Add up what the ranks hold of each gradient; after this the rank's shard of `gradient` is the global batch's.
 
-        Under sequence parallelism a replicated parameter has seen this rank's part of the sequence only. Tied
+        Over tensor parallelism, what is replicated and has seen a part of the sequence or of the heads only. Tied
         embeddings add up over the first and the last stage. Then one reduction over data parallelism.
 
         Returns: the L2 norm of the whole model's gradient, a scalar equal on every rank; every parameter counts once.
         """
         for name, active in self.blocks.items():
-            if self.sequence_parallel:
-                for region in active.block.regions:
-                    if region.replicated:
-                        dist.all_reduce(active.gradient[region.start : region.stop], group=self.groups.tensor)
+            for region in active.block.regions:
+                if self._is_partial(region):
+                    dist.all_reduce(active.gradient[region.start : region.stop], group=self.groups.tensor)
             if self.tied and name in TIED_BLOCKS and self.groups.num_stages > 1:
                 dist.all_reduce(active.gradient, group=self.groups.embedding)
         if self.groups.data.size() > 1:
@@ -97,12 +97,17 @@ class ActiveSet:
         self.norm = self._gradient_norm()
         return self.norm
 
+    def _is_partial(self, region: Region) -> bool:
+        """Whether a rank's gradient of replicated parameters is one of the tensor-parallel ranks' summands."""
+        counting, parallel = region.counting, self.groups.tensor.size() > 1
+        return parallel and counting.replicated and (self.sequence_parallel or counting.sums_over_heads)
+
     def _gradient_norm(self) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=self.store.device)
         for active in self.blocks.values():
             gradient = active.gradient[active.shard]
             for region, local in active.local_regions():
-                if not region.duplicate:
+                if not region.counting.duplicate:
                     total += sum_of_squares(gradient[local])
         dist.all_reduce(total)
         return total.sqrt()

@@ -20,6 +20,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
+from megatron_scalebio.anatomy import FAMILIES
 from megatron_scalebio.config import ModelConfig, UserError
 from megatron_scalebio.data.batch import MicroBatch
 
@@ -298,16 +299,16 @@ def choose_attention(model: ModelConfig, device: torch.device, dtype: torch.dtyp
         UserError: none can.
     """
     shape = model.shape
-    head_size = shape.head_size or shape.hidden_size // shape.num_attention_heads
     precision = str(dtype).removeprefix("torch.")
-    asked = [f"heads of {head_size}", f"{precision} on {device.type}"]
+    asked = [f"heads of {shape.head_size}", f"{precision} on {device.type}"]
     if shape.attention_softcap is not None:
         asked.append(f"softcap {shape.attention_softcap:g}")
     if shape.sliding_window is not None:
-        asked.append(f"a window of {shape.sliding_window} in every other layer")
+        every = "every other" if FAMILIES[model.family].windowed_layers == "even" else "every"
+        asked.append(f"a window of {shape.sliding_window} in {every} layer")
     if model.implementation == "te":
         return AttentionChoice(None, f"Transformer Engine ({', '.join(asked)})")
-    needs = Needs(device.type, dtype, head_size, shape.attention_softcap is not None)
+    needs = Needs(device.type, dtype, shape.head_size, shape.attention_softcap is not None)
     hindrances = []
     for backend in PREFERENCE:
         hindrance = backend.prevented(needs)

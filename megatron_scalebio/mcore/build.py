@@ -10,8 +10,9 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from torch.overrides import TorchFunctionMode
 
-from megatron_scalebio.config import Config, ShapeConfig, padded_vocab_size
-from megatron_scalebio.families import FAMILIES
+from megatron_scalebio.anatomy import FAMILIES
+from megatron_scalebio.anatomy.decoder import EMBEDDING
+from megatron_scalebio.config import Config, ShapeConfig
 from megatron_scalebio.kernels.gated_activation import ACTIVATIONS
 from megatron_scalebio.mcore.attention import choose_attention
 from megatron_scalebio.mcore.layers import DecoderConfig, ExactRotaryEmbedding, native_block_spec, rotary_frequencies
@@ -34,7 +35,8 @@ def decoder_config(config: Config, device: torch.device) -> DecoderConfig:
         kv_channels=shape.head_size,
         softmax_scale=None if scalar is None else scalar**-0.5,
         window_size=None if window is None else (window - 1, 0),  # Megatron-Core does not count the query itself
-        window_attn_skip_freq=2,  # layers 1, 3, 5, .. counted from 1 have the window
+        # 2: layers 1, 3, 5, .. counted from 1 have the window; None: all
+        window_attn_skip_freq=2 if family.windowed_layers == "even" else None,
         normalization="RMSNorm",
         layernorm_epsilon=shape.norm_epsilon,
         layernorm_zero_centered_gamma=family.zero_centered_norms,
@@ -42,6 +44,7 @@ def decoder_config(config: Config, device: torch.device) -> DecoderConfig:
         activation_func=ACTIVATIONS[family.activation],
         add_bias_linear=False,
         add_qkv_bias=family.qkv_bias,
+        qk_layernorm=family.head_norms,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor,
@@ -69,6 +72,7 @@ def decoder_config(config: Config, device: torch.device) -> DecoderConfig:
         attention_softcap=shape.attention_softcap,
         final_softcap=shape.final_softcap,
         post_norms=family.post_norms,
+        vocab_size=shape.vocab_size,
         recompute=parallel.recompute,
         rounds_frozen_inputs=config.precision.frozen_inputs == "fp8",
         active_fp8_recipe=precision.fp8_recipe if precision.compute == "fp8" else None,
@@ -81,8 +85,8 @@ def _adds_weight_gradients_in_place(device: torch.device) -> bool:
 
 
 def _pipeline_layout(config: Config) -> list[list[str]] | None:
-    """What each stage holds, in Megatron-Core's words; None: equal numbers of layers."""
-    if config.parallel.layers_per_stage is None:
+    """What each stage holds, in Megatron-Core's words; None: one stage holds all."""
+    if config.parallel.pipeline == 1:
         return None
     stages = [["decoder"] * num_layers for num_layers in config.parallel.layers_per_stage]
     stages[0].insert(0, "embedding")
@@ -90,18 +94,14 @@ def _pipeline_layout(config: Config) -> list[list[str]] | None:
     return stages
 
 
-def build_model(config: Config, groups: ProcessGroups, device: torch.device, vocab_size: int) -> GPTModel:
-    """This rank's part of one model. Its parameters are one number each until the weight store gives them memory.
-
-    Args:
-        vocab_size: entries that count; the embedding and the head are padded to `padded_vocab_size` of it.
-    """
+def build_model(config: Config, groups: ProcessGroups, device: torch.device) -> GPTModel:
+    """This rank's part of one model. Its parameters are one number each until the weight store gives them memory."""
     shape, core = config.model.shape, decoder_config(config, device)
     use_te = config.model.implementation == "te"
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)  # "GPTModel is deprecated", twice
     # Transformer Engine's modules fill in what they allocate.
     with nullcontext() if use_te else _WithoutMemory():
-        model = _gpt_model(core, groups, shape, vocab_size, use_te)
+        model = _gpt_model(core, groups, shape, use_te)
     frequencies = rotary_frequencies(core.kv_channels, shape.rope_base, shape.rope_scaling).to(device)
     if use_te:  # its packed format restarts positions at every example and wants fp32 angles
         model.rotary_pos_emb.inv_freq = frequencies.float()
@@ -112,11 +112,11 @@ def build_model(config: Config, groups: ProcessGroups, device: torch.device, voc
     return model.to(device) if use_te else model  # the native modules are on the current device
 
 
-def _gpt_model(core: DecoderConfig, groups: ProcessGroups, shape: ShapeConfig, vocab_size: int, te: bool) -> GPTModel:
+def _gpt_model(core: DecoderConfig, groups: ProcessGroups, shape: ShapeConfig, te: bool) -> GPTModel:
     return GPTModel(
         config=core,
         transformer_layer_spec=get_gpt_layer_with_transformer_engine_spec() if te else native_block_spec(core),
-        vocab_size=padded_vocab_size(vocab_size),
+        vocab_size=EMBEDDING.shape(shape)[0],
         max_sequence_length=core.row_length,
         pre_process=groups.is_first_stage,
         post_process=groups.is_last_stage,

@@ -45,14 +45,12 @@ class DualModel(torch.nn.Module):
     Surface that the schedules need: `config`, `model_type`, `set_input_tensor`, and a forward that routes by role.
     """
 
-    def __init__(
-        self, models: dict[Role, GPTModel], groups: ProcessGroups, vocab_size: int, device: torch.device, te: bool
-    ):
+    def __init__(self, models: dict[Role, GPTModel], groups: ProcessGroups, device: torch.device, te: bool):
         super().__init__()
         self.models = torch.nn.ModuleDict({role.value: model for role, model in models.items()})
         upper = models[Role.UPPER]
         self.config, self.model_type = upper.config, upper.model_type
-        self.groups, self.vocab_size, self.device, self.te = groups, vocab_size, device, te
+        self.groups, self.device, self.te = groups, device, te
         self._input_tensor = None
         # Whether a stage before this one holds anything of the model that trains.
         self._trains_below = dict.fromkeys(models, not groups.is_first_stage)
@@ -106,7 +104,7 @@ class DualModel(torch.nn.Module):
             weight,
             micro_batch.targets,
             context.coefs.loss_coef,
-            self.vocab_size,
+            self.config.vocab_size,
             self.groups.tensor,
             softcap=self.config.final_softcap,
             main_grad=getattr(weight, "main_grad", None),  # a frozen weight has none

@@ -10,12 +10,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from megatron_scalebio.active_layers import Role
+from megatron_scalebio.anatomy.tensors import join_shards
 from megatron_scalebio.config import UserError
-from megatron_scalebio.hf import Shard, ShardWriter, begin_export, export_config, finish_export, read_config
-from megatron_scalebio.hf.mapping import join_shards, to_theirs
+from megatron_scalebio.hf import Shard, ShardWriter, begin_export, export_config, finish_export, read_config, to_theirs
 from megatron_scalebio.mcore.models import MegatronModels
 
-EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp32": torch.float32}
+EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FAILURES = (OSError, SafetensorError, UserError)  # of disks and folders: no program's fault
 
 
@@ -28,7 +28,7 @@ def export_model(models: MegatronModels, folder: Path, end_id: int) -> None:
     Raises: UserError, on every rank, if the folder exists or cannot be written; what was written stays beside it.
     """
     config, groups = models.config, models.groups
-    dtype = EXPORT_DTYPES.get(config.run.export_dtype or config.precision.compute, torch.float32)
+    dtype = EXPORT_DTYPES[config.run.export_dtype]
     first = groups.rank == 0
     begun = _together(lambda: (_config_json(models, dtype, end_id), begin_export(folder)) if first else None)
     content, partial = begun[0]
@@ -39,7 +39,7 @@ def export_model(models: MegatronModels, folder: Path, end_id: int) -> None:
         if writer is None or failures:
             continue
         try:
-            for theirs, part in to_theirs(config.model.family, models.shape, name, tensor).items():
+            for theirs, part in to_theirs(config.model, name, tensor).items():
                 writer.add(theirs, part)
         except FAILURES as error:
             failures.append(error)
@@ -60,7 +60,7 @@ def export_model(models: MegatronModels, folder: Path, end_id: int) -> None:
 def _config_json(models: MegatronModels, dtype: torch.dtype, end_id: int) -> dict[str, Any]:
     model = models.config.model
     source = None if model.hf_path is None else read_config(Path(model.hf_path))
-    content = export_config(model.family, models.shape, models.shape.vocab_size, dtype, source)
+    content = export_config(model, dtype, source)
     if content.get("eos_token_id") is None:
         content["eos_token_id"] = end_id  # where generation stops
     return content
@@ -89,15 +89,15 @@ def _full_tensors(models: MegatronModels, failures: list[Exception]) -> Iterator
         flat = _exact_weights(models, name, failures)
         for parameter, local in zip(block.parameters, block.views(flat), strict=True):
             shards = [local]
-            if parameter.shard_dim is not None and groups.tensor.size() > 1:
+            if parameter.declared.cut.dim is not None and groups.tensor.size() > 1:
                 shards = [torch.empty_like(local) for _ in range(groups.tensor.size())]
                 dist.all_gather(shards, local.contiguous(), group=groups.tensor)
-            yield parameter.name, join_shards(parameter.name, shards)
+            yield parameter.name, join_shards(parameter.declared, shards)
 
 
 def _exact_weights(models: MegatronModels, name: str, failures: list[Exception]) -> Tensor:
     """A block of the upper model, flat: as exact as it is kept, gathered over data parallelism."""
-    block, exact = models.store.blocks[Role.UPPER][name], models.exact(Role.UPPER, name)
+    block, exact = models.store.blocks[Role.UPPER][name], models.persistence.exact(Role.UPPER, name)
     if exact is None:  # in FP8, and never active
         try:
             return models.store.initial_weights(block)

@@ -38,6 +38,7 @@ class DecoderConfig(TransformerConfig):
     attention_softcap: float | None = None
     final_softcap: float | None = None
     post_norms: bool = False
+    vocab_size: int = 0  # entries that count; the embedding and the head have padding, too
     rounds_frozen_inputs: bool = True  # of products with FP8 weights
     recompute: str = "none"  # a key of recompute.LAYERS
     active_fp8_recipe: str | None = None  # of the linears that train; None: no FP8

@@ -7,30 +7,30 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
 from megatron_scalebio.active_layers import Role
+from megatron_scalebio.anatomy import FAMILIES
+from megatron_scalebio.anatomy.decoder import layer_block
 from megatron_scalebio.bilevel import NonFinite, Pass
 from megatron_scalebio.config import Config
 from megatron_scalebio.data.batch import MicroBatch
 from megatron_scalebio.device import read_back
-from megatron_scalebio.hf import Checkpoint
-from megatron_scalebio.hf.mapping import read_shard
+from megatron_scalebio.hf import Checkpoint, read_shard
 from megatron_scalebio.losses import TokenCoefs
 from megatron_scalebio.mcore.active_set import ActiveSet
 from megatron_scalebio.mcore.build import build_model
 from megatron_scalebio.mcore.dual_model import DualModel, run_flush
-from megatron_scalebio.mcore.parameters import NamedParameter, layer_block, named_parameters, random_shard
+from megatron_scalebio.mcore.parameters import NamedParameter, named_parameters, random_shard
+from megatron_scalebio.mcore.persistence import Persistence
 from megatron_scalebio.mcore.process_groups import ProcessGroups
-from megatron_scalebio.mcore.weight_store import WeightStore, data_parallel_shard, gather_weights, make_blocks
+from megatron_scalebio.mcore.weight_store import WeightStore, make_blocks
 
 
 class MegatronModels:
     """Lower and upper model (upper alone in mode fixed) of this rank, equal at the start.
 
     Args:
-        vocab_size: the model's vocabulary, before padding.
         initial_weights: this rank's shard of a parameter before training; by default from `model.hf_path`, else random.
         loads: begin at the initial weights. Without, a checkpoint must be loaded; what it leaves out, blocks in FP8
             that never trained, begins there all the same.
@@ -41,29 +41,29 @@ class MegatronModels:
         config: Config,
         groups: ProcessGroups,
         device: torch.device,
-        vocab_size: int,
         initial_weights: Callable[[NamedParameter], Tensor] | None = None,
         loads: bool = True,
     ):
         self.config, self.groups, self.device = config, groups, device
-        self.shape = replace(config.model.shape, vocab_size=vocab_size)
         roles = list(Role) if config.bilevel.mode == "bilevel" else [Role.UPPER]
-        models = {role: build_model(config, groups, device, vocab_size) for role in roles}
-        blocks = {role: make_blocks(named_parameters(models[role], groups), groups.data.size()) for role in roles}
+        models = {role: build_model(config, groups, device) for role in roles}
+        family, ranks = FAMILIES[config.model.family], groups.data.size()
+        blocks = {role: make_blocks(named_parameters(models[role], family, groups), ranks) for role in roles}
         quantizes = config.precision.frozen_weights == "fp8"
         initial = initial_weights or self._initial_weights()
         self.store = WeightStore(blocks, groups, device, initial if loads or quantizes else None, quantizes)
         self.dtype = models[Role.UPPER].config.params_dtype
         te = config.model.implementation == "te"
-        self.chunk = DualModel(models, groups, vocab_size, device, te)
+        self.chunk = DualModel(models, groups, device, te)
         self.active_sets = {role: ActiveSet(role, self.store, groups, config) for role in roles}
+        self.persistence = Persistence(self.store, self.active_sets, groups)
 
     def _initial_weights(self) -> Callable[[NamedParameter], Tensor]:
         model, place = self.config.model, (self.groups.tensor_rank, self.groups.tensor.size())
         if model.hf_path is None:
             return partial(random_shard, model.shape, self.config.run.seed, *place)
         checkpoint = Checkpoint(model.hf_path)
-        return lambda parameter: read_shard(checkpoint, model.family, self.shape, parameter.name, *place)
+        return lambda parameter: read_shard(checkpoint, model, parameter.name, *place)
 
     def redraw(self, active_layers: dict[Role, list[int]]) -> None:
         """Make the given decoder layers active, and what always trains; freeze the rest."""
@@ -105,87 +105,6 @@ class MegatronModels:
     def step(self, role: Role, lr: float, max_norm: float | None) -> Tensor:
         """See `bilevel.Models`."""
         return self.active_sets[role].step(lr, max_norm)
-
-    def state(self) -> dict:
-        """What a checkpoint must know before tensors are loaded: which blocks are still shared, which have a master on
-        the host, and Adam's counts. Of all stages, equal on every rank; every rank must call it."""
-        stages: list = [None] * self.groups.num_stages
-        dist.all_gather_object(stages, self._stage_state(), group=self.groups.pipeline)
-        return {
-            "shared": [name for stage in stages for name in stage["shared"]],
-            "host_masters": [entry for stage in stages for entry in stage["host_masters"]],
-            "num_updates": {
-                role: {name: count for stage in stages for name, count in stage["num_updates"][role].items()}
-                for role in stages[0]["num_updates"]
-            },
-        }
-
-    def _stage_state(self) -> dict:
-        return {
-            "shared": [name for name in self.store.blocks[Role.UPPER] if self.store.is_shared(name)],
-            "host_masters": [[role.value, name] for role, name in self.store.masters],
-            "num_updates": {
-                role.value: {name: active.num_updates for name, active in active_set.blocks.items()}
-                for role, active_set in self.active_sets.items()
-            },
-        }
-
-    def exact(self, role: Role, name: str) -> Tensor | None:
-        """This rank's data-parallel shard of a block, exact; None for one in FP8 that has never been active."""
-        active, block = self.active_sets[role].blocks.get(name), self.store.blocks[role][name]
-        if active is not None:
-            return active.master
-        if (role, name) in self.store.masters:
-            return self.store.masters[role, name]
-        return None if block.weights is None else block.weights[data_parallel_shard(block.numel, self.groups)]
-
-    def sharded_tensors(self) -> dict[str, ShardedTensor]:
-        """This rank's tensors for a checkpoint, by key: every block's exact weights, cut over data parallelism.
-
-        Blocks in FP8 that have never been active are left out: they are read from where they came from.
-        """
-        tensors = {}
-        for role, blocks in self.store.blocks.items():
-            for name in blocks:
-                shared, exact = self.store.is_shared(name), self.exact(role, name)
-                if exact is None or (shared and role is Role.UPPER):
-                    continue
-                key = f"{'shared' if shared else role.value}/{name}"
-                tensors[f"{key}/weights"] = exact
-                if (active := self.active_sets[role].blocks.get(name)) is not None:
-                    moments = {"exp_avg": active.exp_avg, "exp_avg_sq": active.exp_avg_sq}
-                    for moment, parts in moments.items():
-                        tensors |= {f"{key}/{moment}/{part}": tensor for part, tensor in parts.tensors().items()}
-        cut = (0, self.groups.data.rank(), self.groups.data.size())
-        return {
-            key: ShardedTensor.from_rank_offsets(f"{key}/tensor_rank_{self.groups.tensor_rank}", tensor, cut)
-            for key, tensor in tensors.items()
-        }
-
-    def prepare_to_load(self, state: dict) -> None:
-        """Bring blocks and optimizer state into the shape that a checkpoint's `state` describes."""
-        for role, blocks in self.store.blocks.items():
-            for name, block in blocks.items():
-                if name not in state["shared"]:
-                    self.store.own(role, name)
-                if [role.value, name] in state["host_masters"]:
-                    length = block.numel // self.groups.data.size()
-                    self.store.masters.put((role, name), torch.zeros(length, device=self.device))
-            for name, active in self.active_sets[role].blocks.items():
-                active.num_updates = state["num_updates"][role.value][name]
-
-    def load_tensors(self, loaded: dict[str, Tensor]) -> None:
-        """Copy a checkpoint's tensors in, then make each block what its exact weights say."""
-        for key, target in self.sharded_tensors().items():
-            target.data.copy_(loaded[key])
-        for role, blocks in self.store.blocks.items():
-            for name, block in blocks.items():
-                if (role, name) in self.store.masters:
-                    self.store.restore(role, name)
-                elif block.weights is not None and not (role is Role.UPPER and self.store.is_shared(name)):
-                    shard = data_parallel_shard(block.numel, self.groups)
-                    block.weights[shard] = self.exact(role, name)
-                    gather_weights(block.weights, shard, self.groups)
 
     def _run(self, passes: list[Pass], forward_only: bool) -> list[Tensor]:
         if self.config.parallel.fused_pipeline:

@@ -63,12 +63,11 @@ class Rehearsal:
         return sum(self.parts.values())
 
 
-def rehearse(config: Config, world_size: int, rank: int, vocab_size: int, on_cuda: bool) -> Rehearsal:
+def rehearse(config: Config, world_size: int, rank: int, on_cuda: bool) -> Rehearsal:
     """Build a rank of a run and take one step in its fullest period, on fake tensors.
 
     Args:
         rank: of `world_size`; tensor-parallel ranks are innermost, pipeline stages outermost.
-        vocab_size: the model's vocabulary, before padding.
         on_cuda: which device the run is planned for. fp64, which is for the CPU, takes the CPU's paths either way.
 
     Raises: RuntimeError where torch.distributed is in use in this process.
@@ -79,10 +78,9 @@ def rehearse(config: Config, world_size: int, rank: int, vocab_size: int, on_cud
     on_cuda = on_cuda and config.precision.compute != "fp64"
     with rehearsal(), fake_world(world_size, rank), paths_of_cuda() if on_cuda else nullcontext():
         groups = start_process_groups(config.parallel, CPU)
-        sizes = vocab_size, groups.data.size(), groups.stage
-        period = stage_memory(config, *sizes, draws_of(config)).period
+        period = stage_memory(config, groups.data.size(), groups.stage, draws_of(config)).period
         with FakeTensorMode(), MemoryTracker(ACTIVATIONS) as tracker:
-            models = MegatronModels(config, groups, CPU, vocab_size, _no_numbers)
+            models = MegatronModels(config, groups, CPU, _no_numbers)
             parts = measure_step(models, period, groups.num_stages - groups.stage, tracker)
     return Rehearsal(rank, groups.stage, period, parts, models.store.masters.nbytes)
 
@@ -246,7 +244,7 @@ def _most_micro_batches(config: Config, data_parallel: int) -> int:
     train = -(-bilevel.global_batch_size // rows)
     if bilevel.mode == "fixed":
         return train
-    return 2 * train + -(-(bilevel.validation_batch_size or bilevel.global_batch_size) // rows)
+    return 2 * train + -(-bilevel.validation_batch_size // rows)
 
 
 def _tensors(part: Pass) -> Iterator[Tensor]:

@@ -9,9 +9,8 @@ What rounds loses nothing: the exact master of a block that was active survives 
 rank's data-parallel shard of it, and is what thaws. Rounding back would swallow updates smaller than the rounding. A
 block in FP8 that has never been active has no master: it is read from where it came from.
 
-A flat tensor is padded, so that data-parallel ranks have shards of one size. Within it matrices come first, which are
-decayed, then vectors that are sharded over tensor parallelism, then replicated ones: the counting in global norms is by
-region.
+A flat tensor is padded, so that data-parallel ranks have shards of one size; how parameters lie in it is told in
+`anatomy.storage`.
 """
 
 from collections.abc import Callable
@@ -22,22 +21,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_scalebio.active_layers import Role
-from megatron_scalebio.hf.mapping import LAYER_PREFIX
+from megatron_scalebio.anatomy.decoder import OUTER_BLOCKS
+from megatron_scalebio.anatomy.storage import Region, flat_layout, padded_block
 from megatron_scalebio.kernels.fp8 import BLOCK, BlockScaled, quantize
 from megatron_scalebio.mcore.host_masters import HostMasters
 from megatron_scalebio.mcore.parameters import NamedParameter
 from megatron_scalebio.mcore.process_groups import ProcessGroups
-from megatron_scalebio.plan.sizes import aligned, padded_block
-
-
-@dataclass(frozen=True)
-class Region:
-    """A range of a flat block whose parameters count alike."""
-
-    start: int
-    stop: int
-    replicated: bool  # over tensor parallelism
-    duplicate: bool  # counted in global norms on another rank
 
 
 @dataclass(frozen=True)
@@ -67,7 +56,7 @@ class Block:
 
     @property
     def is_layer(self) -> bool:
-        return self.parameters[0].name.startswith(LAYER_PREFIX)
+        return self.name not in OUTER_BLOCKS
 
     @property
     def stored(self) -> Tensor | QuantizedWeights:
@@ -113,25 +102,10 @@ def make_blocks(parameters: list[NamedParameter], data_parallel_size: int) -> di
 
 
 def _make_block(name: str, parameters: list[NamedParameter], data_parallel_size: int) -> Block:
-    def is_vector(parameter: NamedParameter) -> bool:
-        return parameter.tensor.ndim < 2
-
-    def counting(parameter: NamedParameter) -> tuple[bool, bool]:
-        return parameter.shard_dim is None, parameter.duplicate
-
-    ordered = sorted(parameters, key=lambda parameter: (is_vector(parameter), *counting(parameter)))
-    offsets, regions, offset = [], [], 0
-    for parameter in ordered:
-        if offsets and counting(ordered[len(offsets) - 1]) == counting(parameter):
-            start = regions.pop().start
-        else:
-            start = offset = aligned(offset)
-        stop = offset + parameter.tensor.numel()
-        offsets.append(offset)
-        regions.append(Region(start, stop, *counting(parameter)))
-        offset = stop
-    num_decayed = sum(parameter.tensor.numel() for parameter in ordered if not is_vector(parameter))
-    return Block(name, ordered, offsets, regions, num_decayed, padded_block(offset, data_parallel_size))
+    layout = flat_layout([parameter.item for parameter in parameters])
+    ordered = [parameters[index] for index in layout.order]
+    numel = padded_block(layout.numel, data_parallel_size)
+    return Block(name, ordered, layout.offsets, layout.regions, layout.num_decayed, numel)
 
 
 class WeightStore:

@@ -17,9 +17,10 @@ H hidden, V padded vocabulary. Counts are those of one rank where a function say
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 
-from megatron_scalebio.config import Config, padded_vocab_size
-from megatron_scalebio.families import FAMILIES
-from megatron_scalebio.plan.sizes import head_size, linear_shapes, lowest_reached, model_parameters, stage_layers
+from megatron_scalebio.anatomy import FAMILIES, Parameter, head_size
+from megatron_scalebio.anatomy.decoder import FC1, FC2, HEAD, PROJ, QKV
+from megatron_scalebio.config import Config
+from megatron_scalebio.plan.sizes import linear_shapes, lowest_reached, model_parameters, stage_layers
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,7 @@ def causal_pairs(length: int, window: int | None) -> int:
 
 def has_window(config: Config, layer: int) -> bool:
     """Whether a layer, counted from 0, has the sliding window."""
-    alternating = FAMILIES[config.model.family].alternating_window
-    return alternating and config.model.shape.sliding_window is not None and layer % 2 == 0
+    return FAMILIES[config.model.family].has_window(config.model.shape, layer)
 
 
 def attention_flops(config: Config, layer: int, work: Work) -> int:
@@ -92,63 +92,60 @@ def attention_flops(config: Config, layer: int, work: Work) -> int:
     return 4 * heads * head_size(config.model.shape) * pairs
 
 
-def recomputed_linears(config: Config, active: bool) -> tuple[str, ...]:
+def recomputed_linears(config: Config, active: bool) -> tuple[Parameter, ...]:
     """A layer's linears that run again in the backward pass. Recomputation ends with the last tensor that was kept:
     beyond the last linear only if that trains, whose weight's gradient needs its input, or a norm follows it."""
-    last = ("fc2",) if active or FAMILIES[config.model.family].post_norms else ()
-    return {"none": (), "selective": ("fc1", *last), "full": ("qkv", "proj", "fc1", *last)}[config.parallel.recompute]
+    last = (FC2,) if active or FAMILIES[config.model.family].post_norms else ()
+    return {"none": (), "selective": (FC1, *last), "full": (QKV, PROJ, FC1, *last)}[config.parallel.recompute]
 
 
 def layer_flops(config: Config, layer: int, work: Work, reached: bool, active: bool) -> Flops:
     """Of one decoder layer on one rank."""
     linears = {
-        name: 2 * work.positions * rows * columns
-        for name, (rows, columns) in linear_shapes(config.model.shape, config.parallel.tensor).items()
+        linear: 2 * work.positions * rows * columns
+        for linear, (rows, columns) in linear_shapes(config.model, config.parallel.tensor).items()
     }
     products, attention = sum(linears.values()), attention_flops(config, layer, work)
     if not reached:
         return Flops(products + attention)
-    again = sum(linears[name] for name in recomputed_linears(config, active))
+    again = sum(linears[linear] for linear in recomputed_linears(config, active))
     again += attention / 2 + (attention if config.parallel.recompute == "full" else 0)
     return Flops(products + attention, products + 2 * attention, products if active else 0, again)
 
 
-def head_flops(config: Config, vocab_size: int, work: Work) -> Flops:
+def head_flops(config: Config, work: Work) -> Flops:
     """Of the head on one rank of the last stage; its gradient is made in the forward pass, from the same logits."""
-    product = 2 * work.loss_tokens * config.model.shape.hidden_size
-    product *= padded_vocab_size(vocab_size) // config.parallel.tensor
+    product = 2 * work.loss_tokens * HEAD.numel(config.model.shape, config.parallel.tensor)
     return Flops(product, product, product if "head" in config.lisa.always_active else 0)
 
 
-def stage_flops(config: Config, vocab_size: int, stage: int, active: Collection[int], work: Work) -> Flops:
+def stage_flops(config: Config, stage: int, active: Collection[int], work: Work) -> Flops:
     """Of one model on one rank of a stage."""
     lowest, total = lowest_reached(config, active), Flops()
     for layer in stage_layers(config, stage):
         total += layer_flops(config, layer, work, layer >= lowest, layer in active)
     if stage == config.parallel.pipeline - 1:
-        total += head_flops(config, vocab_size, work)
+        total += head_flops(config, work)
     return total
 
 
-def pass_flops(config: Config, vocab_size: int, active: Collection[int], work: Work) -> Flops:
+def pass_flops(config: Config, active: Collection[int], work: Work) -> Flops:
     """Of one model, forward and backward, over all ranks that share the work."""
-    stages = (stage_flops(config, vocab_size, s, active, work) for s in range(config.parallel.pipeline))
+    stages = (stage_flops(config, s, active, work) for s in range(config.parallel.pipeline))
     return sum(stages, Flops()) * config.parallel.tensor
 
 
-def step_flops(
-    config: Config, vocab_size: int, active: Sequence[Collection[int]], train: Work, validation: Work
-) -> Flops:
+def step_flops(config: Config, active: Sequence[Collection[int]], train: Work, validation: Work) -> Flops:
     """Of one step: lower (train), upper (train) and upper (validation); upper (train) alone under mode fixed.
 
     Args:
         active: the active layers of each model, upper last.
         train, validation: of all data-parallel ranks together.
     """
-    total = sum((pass_flops(config, vocab_size, layers, train) for layers in active), Flops())
-    return total + pass_flops(config, vocab_size, active[-1], validation) if len(active) > 1 else total
+    total = sum((pass_flops(config, layers, train) for layers in active), Flops())
+    return total + pass_flops(config, active[-1], validation) if len(active) > 1 else total
 
 
-def six_n_equivalent(config: Config, vocab_size: int, positions: int) -> int:
+def six_n_equivalent(config: Config, positions: int) -> int:
     """6 * parameters * positions: what full training of as many positions is usually counted as, LISA or not."""
-    return 6 * model_parameters(config.model.family, config.model.shape, vocab_size) * positions
+    return 6 * model_parameters(config.model) * positions

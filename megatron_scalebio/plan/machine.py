@@ -7,32 +7,32 @@ import shutil
 import sys
 from pathlib import Path
 
+from megatron_scalebio.anatomy.decoder import OUTER_BLOCKS
+from megatron_scalebio.anatomy.storage import padded_block
 from megatron_scalebio.config import Config, UserError
 from megatron_scalebio.device import find_cuda, gpu_memory, has_nccl
-from megatron_scalebio.plan.memory import GIB
-from megatron_scalebio.plan.planner import Plan, make_plan
-from megatron_scalebio.plan.seconds import device_of
+from megatron_scalebio.plan.planner import Plan
 from megatron_scalebio.plan.sizes import (
+    GIB,
     MASTER_BYTES,
     WEIGHT_BYTES,
     layer_numel,
     model_parameters,
-    padded_block,
     stage_blocks,
 )
+from megatron_scalebio.run_folder import RunFolder
 
 SHARED_MEMORY = 2**30  # bytes that NCCL may take of /dev/shm with eight ranks; Docker gives 64 MiB unless asked
-EXPORT_BYTES = {"bf16": 2, "fp8": 2, "fp32": 4}
 MEMORY_INFO, CONTROL_GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 # On the CPU these parts are the host's memory; what else the plan counts is of CUDA.
 STATE = ("frozen weights", "active weights", "gradients", "masters", "moments", "host masters")
 
 
-def check_machine(config: Config, vocab_size: int, world_size: int, ranks_here: int) -> None:
+def check_machine(config: Config, world_size: int, ranks_here: int) -> None:
     """Check this machine for `ranks_here` of the run's ranks. Raises: UserError, with all that is missing."""
     on_cuda = config.run.device != "cpu" and find_cuda()
     memory = gpu_memory(ranks_here) if on_cuda else 0
-    plan = make_plan(config, vocab_size, world_size, memory, device_of(memory / GIB))
+    plan = Plan.of(config, world_size, memory)
     problems = _host_memory(plan, ranks_here, on_cuda) + _disk(plan)
     if on_cuda and config.precision.compute == "fp64":
         problems.append(
@@ -97,7 +97,7 @@ def _page_locked(plan: Plan, host_masters: int) -> int:
     """Bytes that a rank's masters on the host take page-locked: torch rounds each, the shard of a decoder layer, up to
     a power of two."""
     config = plan.config
-    layer = layer_numel(config.model.family, config.model.shape, config.parallel.tensor)
+    layer = layer_numel(config.model, config.parallel.tensor)
     shard = padded_block(layer, plan.data_parallel) // plan.data_parallel * MASTER_BYTES[config.precision.compute]
     return host_masters // shard * 2 ** (shard - 1).bit_length()
 
@@ -127,8 +127,8 @@ def _disk(plan: Plan) -> list[str]:
     while not folder.exists():
         folder = folder.parent
     number, size = checkpoints(plan)
-    exported = config.run.resume == "auto" and (Path(config.run.output_dir) / "hf").exists()
-    export = export_bytes(config, plan.vocab_size) if config.run.export and not exported else 0
+    exported = config.run.resume == "auto" and RunFolder(Path(config.run.output_dir)).hf.exists()
+    export = export_bytes(config) if config.run.export and not exported else 0
     needed, free = number * size + export, shutil.disk_usage(folder).free
     if needed <= free:
         return []
@@ -166,15 +166,10 @@ def checkpoints(plan: Plan) -> tuple[int, int]:
 
 
 def _steps_done(config: Config) -> int:
-    """The step that the run continues from: its newest checkpoint's, 0 where it begins.
-
-    Read here since `checkpoint.newest_checkpoint` would bring Megatron-Core into the launcher.
-    """
+    """The step that the run continues from: its newest checkpoint's, 0 where it begins."""
     if config.run.resume != "auto":
         return 0
-    folder = Path(config.run.output_dir) / "checkpoints"
-    steps = [path.name.removeprefix("step_") for path in folder.glob("step_*")]
-    return max((int(step) for step in steps if step.isdigit()), default=0)
+    return RunFolder(Path(config.run.output_dir)).newest_step() or 0
 
 
 def _frozen_tables(plan: Plan) -> int:
@@ -185,13 +180,12 @@ def _frozen_tables(plan: Plan) -> int:
     numels = [
         padded_block(numel, plan.data_parallel)
         for stage in range(config.parallel.pipeline)
-        for block, numel in stage_blocks(config, plan.vocab_size, stage).items()
-        if not block.startswith("layers.") and block not in always
+        for block, numel in stage_blocks(config, stage).items()
+        if block in OUTER_BLOCKS and block not in always
     ]
     return sum(numels) * config.parallel.tensor * WEIGHT_BYTES[config.precision.compute]
 
 
-def export_bytes(config: Config, vocab_size: int) -> int:
+def export_bytes(config: Config) -> int:
     """Bytes of the upper model as it is exported."""
-    dtype = config.run.export_dtype or config.precision.compute
-    return model_parameters(config.model.family, config.model.shape, vocab_size) * EXPORT_BYTES.get(dtype, 4)
+    return model_parameters(config.model) * WEIGHT_BYTES[config.run.export_dtype]

@@ -16,18 +16,17 @@ reaches keeps nothing. H hidden, F feed-forward size of this rank, V padded voca
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from megatron_scalebio.config import Config, padded_vocab_size
-from megatron_scalebio.families import FAMILIES
+from megatron_scalebio.anatomy import FAMILIES, head_size
+from megatron_scalebio.anatomy.decoder import EMBEDDING, FC1, FC2, HEAD, PROJ, QKV
+from megatron_scalebio.config import Config
 from megatron_scalebio.plan.sizes import (
+    GIB,
     WEIGHT_BYTES,
-    head_size,
     linear_shapes,
     lowest_reached,
-    stage_blocks,
     stage_layers,
 )
 
-GIB = 2**30
 LOGITS_CHUNK = 4096  # loss tokens whose logits exist at a time (kernels/head_loss.py, TOKENS_PER_CHUNK on CUDA)
 
 # Stated, not computed: what is no tensor of ours. All three are assumptions.
@@ -53,8 +52,8 @@ def _sizes(config: Config) -> _Sizes:
     shape, parallel = config.model.shape, config.parallel
     number, positions = WEIGHT_BYTES[config.precision.compute], config.data.micro_batch_size * config.data.max_length
     scattered = positions // parallel.tensor if parallel.sequence else positions
-    linears = linear_shapes(shape, parallel.tensor)
-    query, features = linears["proj"][1], linears["qkv"][0]
+    linears = linear_shapes(config.model, parallel.tensor)
+    query, features = linears[PROJ][1], linears[QKV][0]
     key, heads = (features - query) // 2, shape.num_attention_heads // parallel.tensor
     rotation = 4 * positions * head_size(shape) * number  # cosines and sines, for queries and for keys
     kept = (2 * query + key + features) * positions * number + 4 * heads * positions
@@ -67,7 +66,7 @@ def _sizes(config: Config) -> _Sizes:
         norm_input=max(4, number) * scattered * shape.hidden_size if zero_centered else residual,  # widened first
         qkv=features * positions * number,
         attention=kept + rotation,
-        feed_forward=linears["fc2"][1] * positions * number,
+        feed_forward=linears[FC2][1] * positions * number,
     )
 
 
@@ -98,8 +97,7 @@ def _saved_mlp_bytes(config: Config, active: bool) -> int:
 def _backward_bytes(config: Config, active: bool) -> int:
     """Most that a layer's backward pass holds beyond what was kept, while it works back through its MLP."""
     sizes, number = _sizes(config), WEIGHT_BYTES[config.precision.compute]
-    linears = linear_shapes(config.model.shape, config.parallel.tensor)
-    fc1, fc2 = (linears[name][0] * linears[name][1] for name in ("fc1", "fc2"))
+    fc1, fc2 = (linear.numel(config.model.shape, config.parallel.tensor) for linear in (FC1, FC2))
     gradient = 2 * sizes.whole  # of the layer's output, and on its way around the MLP
     at_product = 3 * sizes.feed_forward  # gradients of fc2's input, of gate and of up
     if active:
@@ -122,7 +120,7 @@ def _backward_bytes(config: Config, active: bool) -> int:
 
 
 def pass_bytes(
-    config: Config, vocab_size: int, data_parallel: int, stage: int, active: Collection[int], num_microbatches: int
+    config: Config, data_parallel: int, stage: int, active: Collection[int], num_microbatches: int
 ) -> dict[str, int]:
     """Bytes by part (activations, loss buffers, communication buffers, allocator reserve) at a step's fullest moment.
 
@@ -133,13 +131,13 @@ def pass_bytes(
     sizes, last = _sizes(config), stage == config.parallel.pipeline - 1
     in_flight = min(config.parallel.pipeline - stage, num_microbatches)
     saved, backward = _saved_and_backward(config, stage, active)
-    moments = [(in_flight * saved + backward, 0)]
+    peaks = [(in_flight * saved + backward, 0)]
     if last:  # the final norm keeps its input; its output, and what is being sent down, are there too
-        moments.append((in_flight * saved + 3 * sizes.residual, loss_bytes(config, vocab_size)))
+        peaks.append((in_flight * saved + 3 * sizes.residual, loss_bytes(config)))
     if stage == 0 and "embedding" in config.lisa.always_active:
-        table = stage_blocks(config, vocab_size, 0)["embedding"] * WEIGHT_BYTES[config.precision.compute]
-        moments.append(((in_flight - 1) * saved + table + sizes.whole, 0))
-    activations, loss = max(moments, key=sum)
+        table = EMBEDDING.numel(config.model.shape, config.parallel.tensor) * WEIGHT_BYTES[config.precision.compute]
+        peaks.append(((in_flight - 1) * saved + table + sizes.whole, 0))
+    activations, loss = max(peaks, key=sum)
     activations += _input_bytes(config, num_microbatches)
     return {
         "activations": activations,
@@ -168,12 +166,12 @@ def _input_bytes(config: Config, num_microbatches: int) -> int:
     return num_microbatches * positions * 52 + 8 * positions * head_size(config.model.shape)
 
 
-def loss_bytes(config: Config, vocab_size: int) -> int:
+def loss_bytes(config: Config) -> int:
     """Bytes of the head and its loss on the last stage, every position carrying loss."""
     number, positions = WEIGHT_BYTES[config.precision.compute], config.data.micro_batch_size * config.data.max_length
     wide = max(4, number)
     hidden = positions * config.model.shape.hidden_size
-    rows = padded_vocab_size(vocab_size) // config.parallel.tensor
+    rows = HEAD.shape(config.model.shape, config.parallel.tensor)[0]
     weight_gradient = rows * config.model.shape.hidden_size * wide if "head" in config.lisa.always_active else 0
     logits = min(positions, LOGITS_CHUNK) * rows * (wide if wide == number else wide + number)
     # Backwards the hidden states' gradient is scaled in fp32: two copies of it, and the result.

@@ -14,9 +14,9 @@ from typing import Any
 from megatron_scalebio.active_layers import Role, draw_active_layers, period_of
 from megatron_scalebio.config import Config
 from megatron_scalebio.plan.flops import Flops, Work, six_n_equivalent, step_flops, work_of
-from megatron_scalebio.plan.memory import GIB, pass_bytes
-from megatron_scalebio.plan.seconds import Device, StepTime, predict_step, stage_loads
-from megatron_scalebio.plan.sizes import on_device, rank_bytes, stage_layers
+from megatron_scalebio.plan.memory import pass_bytes
+from megatron_scalebio.plan.seconds import H100, Device, StepTime, device_of, predict_step, stage_loads
+from megatron_scalebio.plan.sizes import GIB, on_device, rank_bytes, stage_layers
 
 Draws = Sequence[Sequence[Collection[int]]]  # by period, by model
 
@@ -46,12 +46,33 @@ class Plan:
     """One configuration on `world_size` GPUs of `memory` bytes."""
 
     config: Config
-    vocab_size: int
     world_size: int
     memory: int
     device: Device
     draws: Draws
     stages: list[StageMemory]
+
+    @staticmethod
+    def of(
+        config: Config,
+        world_size: int,
+        memory: int = H100.memory,
+        device: Device | None = None,
+        draws: Draws | None = None,
+    ) -> "Plan":
+        """The plan of a resolved configuration on `world_size` GPUs.
+
+        Args:
+            memory: bytes of one GPU.
+            device: whose ceilings count; None: that of a GPU of so much memory.
+            draws: `draws_of(config)`, where they are at hand: no layout changes them.
+        """
+        draws = draws or draws_of(config)
+        plan = Plan(config, world_size, memory, device or device_of(memory), draws, [])
+        plan.stages.extend(
+            stage_memory(config, plan.data_parallel, stage, draws) for stage in range(config.parallel.pipeline)
+        )
+        return plan
 
     @property
     def data_parallel(self) -> int:
@@ -89,7 +110,7 @@ class Plan:
     def time(self) -> StepTime:
         loads = stage_loads(self.config, self.draws[:MOST_PERIODS])
         work = micro_batch_work(self.config)
-        sizes = (self.config, self.vocab_size, self.data_parallel, self.device)
+        sizes = (self.config, self.data_parallel, self.device)
         return predict_step(*sizes, loads, work, self.num_microbatches)
 
     @cached_property
@@ -97,7 +118,7 @@ class Plan:
         """Of one step on all ranks, the mean over the draws."""
         work, draws = micro_batch_work(self.config) * self.data_parallel, self.draws[:MOST_PERIODS]
         train, validation = (work * number for number in (self.num_microbatches[0], self.num_microbatches[-1]))
-        total = sum((step_flops(self.config, self.vocab_size, draw, train, validation) for draw in draws), Flops())
+        total = sum((step_flops(self.config, draw, train, validation) for draw in draws), Flops())
         return total * (1 / len(draws))
 
     @property
@@ -121,7 +142,7 @@ class Plan:
             "bubble": self.time.bubble,
             "predicted_seconds": self.time.seconds,
             "model_flops": self.flops.model,
-            "six_n_equivalent": six_n_equivalent(self.config, self.vocab_size, self.positions),
+            "six_n_equivalent": six_n_equivalent(self.config, self.positions),
             "bubble_of_one_flush": self.time.bubble_fused,
             "bubble_of_separate_flushes": self.time.bubble_separate,
             "sent_bytes": self.time.sent,
@@ -137,24 +158,6 @@ class Plan:
         }
 
 
-def make_plan(
-    config: Config, vocab_size: int, world_size: int, memory: int, device: Device, draws: Draws | None = None
-) -> Plan:
-    """The plan of a configuration that `rules.check_config` accepts.
-
-    Args:
-        memory: bytes of one GPU.
-        device: whose ceilings count.
-        draws: `draws_of(config)`, where they are at hand: no layout changes them.
-    """
-    draws = draws or draws_of(config)
-    plan = Plan(config, vocab_size, world_size, memory, device, draws, [])
-    plan.stages.extend(
-        stage_memory(config, vocab_size, plan.data_parallel, stage, draws) for stage in range(config.parallel.pipeline)
-    )
-    return plan
-
-
 def draws_of(config: Config) -> list[list[list[int]]]:
     """The active layers of every period, of each model that the run has, upper last."""
     roles = list(Role) if config.bilevel.mode == "bilevel" else [Role.UPPER]
@@ -165,7 +168,7 @@ def draws_of(config: Config) -> list[list[list[int]]]:
     return draws
 
 
-def stage_memory(config: Config, vocab_size: int, data_parallel: int, stage: int, draws: Draws) -> StageMemory:
+def stage_memory(config: Config, data_parallel: int, stage: int, draws: Draws) -> StageMemory:
     """A stage at its fullest over all periods. Masters on the host grow as layers train, and peak in another period
     than the device: they are the most of all periods."""
     layers = set(stage_layers(config, stage))
@@ -182,10 +185,10 @@ def stage_memory(config: Config, vocab_size: int, data_parallel: int, stage: int
         counts = [len(own) for own in (*active, *thawed, set().union(*active), set().union(*thawed))]
         key = (*lowest, *counts)
         if key not in fullest:
-            parts = rank_bytes(config, vocab_size, data_parallel, stage, active, thawed)
+            parts = rank_bytes(config, data_parallel, stage, active, thawed)
             for alike, drawn in zip(zip(lowest, counts, strict=False), draw, strict=True):
                 if alike not in of_pass:
-                    of_pass[alike] = pass_bytes(config, vocab_size, data_parallel, stage, drawn, flush)
+                    of_pass[alike] = pass_bytes(config, data_parallel, stage, drawn, flush)
             parts |= max((of_pass[alike] for alike in zip(lowest, counts, strict=False)), key=lambda p: sum(p.values()))
             fullest[key] = StageMemory(stage, period, parts)
     peak = max(fullest.values(), key=lambda memory: memory.total)
@@ -198,7 +201,7 @@ def num_microbatches(config: Config, data_parallel: int) -> list[int]:
     bilevel = config.bilevel
     rows = [bilevel.global_batch_size]
     if bilevel.mode == "bilevel":
-        rows = [rows[0], rows[0], bilevel.validation_batch_size or bilevel.global_batch_size]
+        rows = [rows[0], rows[0], bilevel.validation_batch_size]
     return [-(-number // (config.data.micro_batch_size * data_parallel)) for number in rows]
 
 

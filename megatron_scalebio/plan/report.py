@@ -3,43 +3,41 @@
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_scalebio.config import Config, SourceConfig, UserError
-from megatron_scalebio.data.tokenizers import load_tokenizer
+from megatron_scalebio.config import Config, UserError
 from megatron_scalebio.plan.flops import six_n_equivalent
-from megatron_scalebio.plan.memory import CUDA_CONTEXT, FRAGMENTATION, GIB, NCCL_COMMUNICATOR
-from megatron_scalebio.plan.planner import Plan, layout_of, make_plan
+from megatron_scalebio.plan.memory import CUDA_CONTEXT, FRAGMENTATION, NCCL_COMMUNICATOR
+from megatron_scalebio.plan.planner import Plan, layout_of
 from megatron_scalebio.plan.search import ROOM, search_layouts
 from megatron_scalebio.plan.seconds import EFFICIENCY, HOST_LINK, NETWORK, NVLINK, Device, device_of
-from megatron_scalebio.plan.sizes import model_parameters
+from megatron_scalebio.plan.sizes import GIB, model_parameters
 from megatron_scalebio.rules import check_config
 
 MOST_LAYOUTS = 6
 
 
 def write_plan(config: Config, num_gpus: int | None, gib: float, json_file: str | None) -> bool:
-    """Print the plan of a configuration and the best layouts, and write them to a file. Returns whether it fits.
+    """Print the plan of a resolved configuration and the best layouts, and write them to a file.
 
     Args:
         num_gpus: None: as many as the configuration's layout has.
         gib: memory of one GPU.
+
+    Returns: whether the configuration fits.
     """
-    started, config = time.perf_counter(), without_data(config)
+    started = time.perf_counter()
     own_size = config.parallel.tensor * config.parallel.pipeline
-    world_size, memory, device = num_gpus or own_size, int(gib * GIB), device_of(gib)
-    vocab_size = config.model.shape.vocab_size or load_tokenizer(config.data.tokenizer).vocab_size
-    check_config(config, own_size, vocab_size)
+    world_size, memory, device = num_gpus or own_size, int(gib * GIB), device_of(int(gib * GIB))
     try:
-        check_config(config, world_size, vocab_size)
-        own = make_plan(config, vocab_size, world_size, memory, device)
+        check_config(config, world_size, None)
+        own = Plan.of(config, world_size, memory, device)
         verdict, lines = own.verdict, [*plan_lines(own)]
     except UserError as error:
         own, verdict = None, f"does not run on {world_size} GPUs: {error}"
         lines = [f"the configuration's own layout {verdict}"]
-    best = search_layouts(config, vocab_size, world_size, memory, device)
+    best = search_layouts(config, world_size, memory, device)
     lines += ["", *search_lines(best, world_size, memory), f"(searched in {time.perf_counter() - started:.1f} s)", ""]
     print("\n".join([*lines, *ceiling_lines(device)]))
     if json_file is not None:
@@ -63,13 +61,6 @@ def _summary(plan: Plan) -> dict[str, Any]:
     }
 
 
-def without_data(config: Config) -> Config:
-    """The configuration with names in place of data that it lacks: a plan reads none."""
-    data = config.data
-    sources = data.sources or [SourceConfig("any", "any")]
-    return replace(config, data=replace(data, sources=sources, validation=data.validation or "any"))
-
-
 def plan_lines(plan: Plan) -> Iterator[str]:
     """The configuration's own layout: whether it fits, and what its step takes."""
     config, step, flops = plan.config, plan.time, plan.flops
@@ -90,7 +81,7 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     parts = ", ".join(f"{part} {seconds:.2f}" for part, seconds in step.parts.items())
     yield f"  {step.seconds:.2f} s ({parts})"
     rate = flops.executed / step.seconds / plan.world_size
-    full = six_n_equivalent(config, plan.vocab_size, plan.positions)
+    full = six_n_equivalent(config, plan.positions)
     yield (
         f"  {flops.executed:.3g} FLOPs executed, {flops.model:.3g} of them the model's, the rest computed twice;"
         f" {rate / 1e12:.0f} TFLOP/s per GPU (6 N-equivalent of training all parameters: {full:.3g} FLOPs)"
@@ -159,7 +150,7 @@ def settings_of(config: Config) -> list[str]:
     values: dict[str, Any] = {
         "parallel.tensor": parallel.tensor,
         "parallel.pipeline": parallel.pipeline,
-        "parallel.layers_per_stage": "null" if stages is None else f"[{','.join(map(str, stages))}]",
+        "parallel.layers_per_stage": "null" if len(set(stages)) == 1 else f"[{','.join(map(str, stages))}]",
         "parallel.sequence": str(parallel.sequence).lower(),
         "parallel.recompute": parallel.recompute,
         "data.micro_batch_size": config.data.micro_batch_size,
@@ -183,7 +174,7 @@ def batch_line(config: Config) -> str:
     bilevel, data = config.bilevel, config.data
     examples = f"{bilevel.global_batch_size} training examples"
     if bilevel.mode == "bilevel":
-        examples += f" and {bilevel.validation_batch_size or bilevel.global_batch_size} validation examples"
+        examples += f" and {bilevel.validation_batch_size} validation examples"
     return (
         f"batch: {examples} per step, {data.sampling}, {'packed' if data.packing else 'padded'} into"
         f" micro-batches of {data.micro_batch_size} x {data.max_length} positions; {bilevel.steps} steps"
@@ -192,8 +183,8 @@ def batch_line(config: Config) -> str:
 
 def parameters_line(plan: Plan) -> str:
     models = "lower and upper" if plan.config.bilevel.mode == "bilevel" else "upper"
-    count = model_parameters(plan.config.model.family, plan.config.model.shape, plan.vocab_size)
-    return f"parameters: {count:,} each of {models}; vocabulary {plan.vocab_size:,}"
+    count = model_parameters(plan.config.model)
+    return f"parameters: {count:,} each of {models}; vocabulary {plan.config.model.shape.vocab_size:,}"
 
 
 def compute_lines(config: Config) -> Iterator[str]:

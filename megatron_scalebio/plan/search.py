@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from megatron_scalebio.config import Config, UserError
 from megatron_scalebio.plan.memory import saved_layer_bytes
-from megatron_scalebio.plan.planner import Draws, Plan, draws_of, make_plan, micro_batch_work
+from megatron_scalebio.plan.planner import Draws, Plan, draws_of, micro_batch_work
 from megatron_scalebio.plan.seconds import Device, StageLoad, stage_seconds
 from megatron_scalebio.plan.sizes import frozen_layer_bytes, stage_layers
 from megatron_scalebio.rules import CHOICES, check_config
@@ -24,19 +24,18 @@ ROOM = 0.9  # of a GPU's memory that a layout found may fill: estimates err, and
 
 
 class _Given(NamedTuple):
-    """What no layout changes, as `make_plan` takes it."""
+    """What no layout changes, as `Plan.of` takes it."""
 
-    vocab_size: int
     world_size: int
     memory: int
     device: Device
     draws: Draws
 
 
-def search_layouts(config: Config, vocab_size: int, world_size: int, memory: int, device: Device) -> list[Plan]:
+def search_layouts(config: Config, world_size: int, memory: int, device: Device) -> list[Plan]:
     """Plans that fit, best first: the best of each (tensor, pipeline, frozen weights)."""
     best: dict[tuple, Plan] = {}
-    given = _Given(vocab_size, world_size, memory, device, draws_of(config))
+    given = _Given(world_size, memory, device, draws_of(config))
     too_large = set()  # where no micro-batch of a size fits, no larger one does
     for candidate in _candidates(config, world_size):
         parallel = candidate.parallel
@@ -66,7 +65,7 @@ def _candidates(config: Config, world_size: int) -> Iterator[Config]:
     for tensor, pipeline in product((1, 2, 4, 8), range(1, min(world_size, num_layers) + 1)):
         if world_size % (tensor * pipeline):
             continue
-        stages = None if num_layers % pipeline == 0 else _fill([0.0] * pipeline, [1.0] * pipeline, num_layers)
+        stages = _fill([0.0] * pipeline, [1.0] * pipeline, num_layers)
         row_counts = _row_counts(config, world_size // (tensor * pipeline))
         for rows, sequence, frozen in product(row_counts, (False, True)[: min(tensor, 2)], frozen_choices):
             parallel = dict(tensor=tensor, pipeline=pipeline, layers_per_stage=stages, sequence=sequence)
@@ -122,14 +121,14 @@ def _least_recomputed(candidate: Config, given: _Given) -> Plan | None:
 
 def _staged(layout: Config, given: _Given) -> Iterator[Plan]:
     """The layout with equal stages, with stages balanced by time, and by memory."""
-    equal = make_plan(layout, *given)
+    equal = Plan.of(layout, *given)
     yield equal
     pipeline = layout.parallel.pipeline
     if pipeline == 1:
         return
     data_parallel, work = equal.data_parallel, micro_batch_work(layout)
     share = len(equal.draws[0][-1]) / layout.model.shape.num_layers
-    sizes = given.vocab_size, data_parallel, given.device
+    sizes = data_parallel, given.device
 
     def seconds(load: StageLoad) -> list[float]:
         return [sum(pair) for pair in zip(*stage_seconds(layout, *sizes, [load] * pipeline, work), strict=True)]
@@ -148,7 +147,7 @@ def _staged(layout: Config, given: _Given) -> Iterator[Plan]:
         splits.append(_fill(rest, per_layer, layout.model.shape.num_layers))
     for split in splits:
         parallel = replace(layout.parallel, layers_per_stage=split)
-        yield make_plan(replace(layout, parallel=parallel), *given)
+        yield Plan.of(replace(layout, parallel=parallel), *given)
 
 
 def _fill(fixed: list[float], per_layer: list[float], num_layers: int) -> list[int]:

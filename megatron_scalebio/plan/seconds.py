@@ -11,17 +11,19 @@ T positions of a micro-batch, H hidden, F feed-forward size, V padded vocabulary
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from megatron_scalebio.config import Config, padded_vocab_size
-from megatron_scalebio.families import FAMILIES
+from megatron_scalebio.anatomy import FAMILIES
+from megatron_scalebio.anatomy.decoder import EMBEDDING, FC2, HEAD, QKV
+from megatron_scalebio.anatomy.storage import padded_block
+from megatron_scalebio.config import Config
 from megatron_scalebio.plan.flops import Work, attention_flops, recomputed_linears
 from megatron_scalebio.plan.sizes import (
+    GIB,
     MASTER_BYTES,
     WEIGHT_BYTES,
     layer_parameters,
     linear_shapes,
     lowest_reached,
     moment_bytes,
-    padded_block,
     stage_blocks,
     stage_layers,
 )
@@ -30,14 +32,14 @@ from megatron_scalebio.plan.sizes import (
 @dataclass(frozen=True)
 class Device:
     name: str
-    memory: float  # GiB that torch sees
+    memory: int  # bytes that torch sees
     flops: dict[str, float]  # dense, per second, by the operands' type
     bandwidth: float  # bytes per second of its memory
 
 
 # NVIDIA's data sheets of H100 and H200 (SXM); they print FLOPs with sparsity, twice the dense ones below.
-H100 = Device("H100 SXM", 79.1, {"bf16": 989e12, "fp8": 1979e12}, 3.35e12)
-H200 = Device("H200 SXM", 139.8, {"bf16": 989e12, "fp8": 1979e12}, 4.8e12)
+H100 = Device("H100 SXM", int(79.1 * GIB), {"bf16": 989e12, "fp8": 1979e12}, 3.35e12)
+H200 = Device("H200 SXM", int(139.8 * GIB), {"bf16": 989e12, "fp8": 1979e12}, 4.8e12)
 NVLINK = 450e9  # bytes per second each way and GPU (same data sheets: 900 GB/s both ways)
 NETWORK = 50e9  # the same between nodes: one 400 Gb/s port for each GPU, as in a DGX H100
 HOST_LINK = 64e9  # PCIe 5.0 x16, each way, nominal
@@ -47,9 +49,9 @@ GPUS_PER_NODE = 8
 EFFICIENCY = {"bf16": 0.7, "fp8": 0.4, "attention": 0.5, "memory": 0.85, "links": 0.75}
 
 
-def device_of(memory: float) -> Device:
-    """The device whose ceilings count for a GPU of so many GiB."""
-    return H100 if memory < 100 else H200
+def device_of(memory: int) -> Device:
+    """The device whose ceilings count for a GPU of so many bytes."""
+    return H100 if memory < 100 * GIB else H200
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,6 @@ def _schedule(num_following: int, num_microbatches: int) -> list[int]:
 
 def predict_step(
     config: Config,
-    vocab_size: int,
     data_parallel: int,
     device: Device,
     loads: Sequence[StageLoad],
@@ -139,9 +140,9 @@ def predict_step(
         work: of one micro-batch.
         num_microbatches: of each pass of the step.
     """
-    clock = _Clock(config, vocab_size, data_parallel, device, work)
+    clock = _Clock(config, data_parallel, device, work)
     stages = range(config.parallel.pipeline)
-    forward, backward = stage_seconds(config, vocab_size, data_parallel, device, loads, work)
+    forward, backward = stage_seconds(config, data_parallel, device, loads, work)
     hop = clock.residual / clock.pipeline_link / EFFICIENCY["links"]
     fused = flush_seconds(forward, backward, hop, sum(num_microbatches))
     apart = {number: flush_seconds(forward, backward, hop, number) for number in set(num_microbatches)}
@@ -164,10 +165,10 @@ def predict_step(
 
 
 def stage_seconds(
-    config: Config, vocab_size: int, data_parallel: int, device: Device, loads: Sequence[StageLoad], work: Work
+    config: Config, data_parallel: int, device: Device, loads: Sequence[StageLoad], work: Work
 ) -> tuple[list[float], list[float]]:
     """(forward, backward) seconds of every stage for one micro-batch."""
-    clock = _Clock(config, vocab_size, data_parallel, device, work)
+    clock = _Clock(config, data_parallel, device, work)
     pairs = [clock.micro_batch(stage, load) for stage, load in enumerate(loads)]
     return [forward for forward, _ in pairs], [backward for _, backward in pairs]
 
@@ -175,9 +176,9 @@ def stage_seconds(
 class _Clock:
     """Times and traffic of one layout's ranks."""
 
-    def __init__(self, config: Config, vocab_size: int, data_parallel: int, device: Device, work: Work):
+    def __init__(self, config: Config, data_parallel: int, device: Device, work: Work):
         self.config, self.device, self.work, self.data_parallel = config, device, work, data_parallel
-        self.vocab_size, self.tensor = vocab_size, config.parallel.tensor
+        self.tensor = config.parallel.tensor
         self.number = WEIGHT_BYTES[config.precision.compute]
         self.fp8 = config.precision.frozen_weights == "fp8"
         self.whole = work.positions * config.model.shape.hidden_size * self.number
@@ -185,8 +186,8 @@ class _Clock:
         ranks_per_stage = self.tensor * data_parallel
         self.pipeline_link = NVLINK if ranks_per_stage * config.parallel.pipeline <= GPUS_PER_NODE else NETWORK
         self.data_link = NVLINK if ranks_per_stage <= GPUS_PER_NODE else NETWORK
-        self.linears = linear_shapes(config.model.shape, self.tensor)
-        self.layer_numel = layer_parameters(config.model.family, config.model.shape, self.tensor)
+        self.linears = linear_shapes(config.model, self.tensor)
+        self.layer_numel = layer_parameters(config.model, self.tensor)
 
     def micro_batch(self, stage: int, load: StageLoad) -> tuple[float, float]:
         """(forward, backward) seconds of a stage for one micro-batch."""
@@ -229,7 +230,7 @@ class _Clock:
         reduced = 2 * load.num_layers + (2 + again) * load.reached + (stage == 0) + (stage == pipeline - 1)
         neighbours = (stage > 0) + (stage < pipeline - 1)
         tied = config.model.shape.tied_embeddings and pipeline > 1 and stage in (0, pipeline - 1)
-        table = padded_vocab_size(self.vocab_size) // self.tensor * config.model.shape.hidden_size
+        table = EMBEDDING.numel(config.model.shape, self.tensor)
         return {
             "tensor": num_microbatches * reduced * self._all_reduced(self.whole),
             "pipeline": num_microbatches * neighbours * self.residual,
@@ -239,7 +240,7 @@ class _Clock:
 
     def _active_numel(self, stage: int, load: StageLoad) -> float:
         """Parameters of one model that train on a rank."""
-        blocks = stage_blocks(self.config, self.vocab_size, stage)
+        blocks = stage_blocks(self.config, stage)
         always = sum(padded_block(blocks.get(name, 0), self.data_parallel) for name in self.config.lisa.always_active)
         return always + load.active * self.layer_numel
 
@@ -247,7 +248,7 @@ class _Clock:
         """(forward, backward) seconds of one decoder layer that a gradient passes through."""
         config, recompute = self.config, self.config.parallel.recompute
         fp8 = self.fp8 and not active and config.precision.frozen_inputs == "fp8"
-        products = {name: self._product(*size, fp8) for name, size in self.linears.items()}
+        products = {linear: self._product(*size, fp8) for linear, size in self.linears.items()}
         attention = (attention_flops(config, 0, self.work) + attention_flops(config, 1, self.work)) / 2
         attention /= self.device.flops["bf16"] * EFFICIENCY["attention"]
         collective = self._all_reduced(self.whole) / NVLINK / EFFICIENCY["links"]
@@ -261,7 +262,7 @@ class _Clock:
         elif self.fp8 and not active:
             forward += self._traffic((1 + self.number) * matrices)  # widened
             backward += self._traffic((1 + self.number) * matrices)
-        again = sum(products[name] for name in recomputed_linears(config, active))
+        again = sum(products[linear] for linear in recomputed_linears(config, active))
         if recompute == "selective":
             again += self._between(forward=True, fp8=fp8) / 2
         elif recompute == "full":
@@ -284,7 +285,7 @@ class _Clock:
         """Seconds of what stands between a layer's products: counted by the tensors that each operation, none of them
         fused, reads and writes."""
         positions, number = self.work.positions, self.number
-        qkv, ffn = self.linears["qkv"][0], self.linears["fc2"][1]
+        qkv, ffn = self.linears[QKV][0], self.linears[FC2][1]
         norms_and_sums = 10 if forward else 16  # times [T, H]: two norms, two additions
         rotation = 14  # times [T, qkv]: the bias, and two products, a negation and copies for queries and keys
         gate = 7 if forward else 13  # times [T, F]
@@ -295,14 +296,14 @@ class _Clock:
     def _embedding(self) -> tuple[float, float]:
         """(forward, backward) seconds; its gradient is a whole table, zeroed, written, read and added in fp32."""
         collective = self._all_reduced(self.whole) / NVLINK / EFFICIENCY["links"]
-        table = padded_vocab_size(self.vocab_size) // self.tensor * self.config.model.shape.hidden_size
+        table = EMBEDDING.numel(self.config.model.shape, self.tensor)
         trains = "embedding" in self.config.lisa.always_active
         backward = self._traffic((2 * self.number + 8) * table) if trains else 0.0
         return self._traffic(2 * self.whole) + collective, backward
 
     def _head(self) -> tuple[float, float]:
         """(forward, backward) seconds of the head and its loss: its gradients are made in the forward pass."""
-        rows, hidden = padded_vocab_size(self.vocab_size) // self.tensor, self.config.model.shape.hidden_size
+        rows, hidden = HEAD.shape(self.config.model.shape, self.tensor)
         trains = "head" in self.config.lisa.always_active
         tokens = self.work.loss_tokens
         product = 2 * tokens * rows * hidden / self.device.flops["bf16"] / EFFICIENCY["bf16"]

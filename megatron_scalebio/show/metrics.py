@@ -2,68 +2,19 @@
 
 import json
 import math
-import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_scalebio.config import (
-    Config,
-    UserError,
-    changed_from_preset,
-    config_sha256,
-    flatten,
-    load_config,
-    write_config,
-)
+from megatron_scalebio.config import Config, UserError, config_sha256, write_config
+from megatron_scalebio.resolution import changed_from_preset
+from megatron_scalebio.run_folder import RunFolder, replace_file
 from megatron_scalebio.show.console import RunConsole
 
 # A weight that moved by more than this in the last quarter of the steps has not settled.
 MOVING = 0.02
-OUTPUTS = ("weights.json", "metrics.jsonl", "config.yaml", "checkpoints", "hf", "report.html")
-
-
-def check_output_dir(config: Config) -> None:
-    """Refuses an output folder that holds another run, or that nobody can write to; deletes nothing.
-
-    Under `run.resume=auto` a run found there is this run if all settings are equal, those of `run` but its seed aside.
-
-    Raises:
-        UserError: naming the folder, what it holds and, under `auto`, the settings that differ.
-    """
-    folder = Path(config.run.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"run.output_dir={folder} is not a folder")
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not os.access(existing, os.W_OK):
-        raise UserError(f"run.output_dir={folder}: {existing} cannot be written to")
-    found = [name for name in OUTPUTS if (folder / name).exists()]
-    if not found:
-        return
-    if config.run.resume == "never":
-        raise UserError(
-            f"run.output_dir={folder} holds another run ({', '.join(found)}): name another folder, or continue that run"
-            " with run.resume=auto"
-        )
-    if "config.yaml" not in found:
-        raise UserError(
-            f"run.output_dir={folder} holds {', '.join(found)} but no config.yaml to tell which run that was:"
-            " name another folder"
-        )
-    other = load_config(str(folder / "config.yaml"), [])
-    if config_sha256(other) != config_sha256(config):
-        before, after = flatten(other), flatten(config)
-        differing = [
-            f"{key}: {before[key]} there, {after[key]} here"
-            for key in after
-            if before[key] != after[key] and (key == "run.seed" or not key.startswith("run."))
-        ]
-        raise UserError(
-            f"run.output_dir={folder} holds a run with other settings, which run.resume=auto cannot continue:\n  "
-            + "\n  ".join(differing)
-        )
 
 
 class MetricsWriter:
@@ -77,21 +28,21 @@ class MetricsWriter:
     def __init__(self, config: Config, num_examples: dict[str, int], start_step: int, is_main_rank: bool):
         self.config, self.num_examples, self.start_step = config, num_examples, start_step
         self.is_main_rank = is_main_rank
-        self.folder = Path(config.run.output_dir)
+        self.folder = RunFolder(Path(config.run.output_dir))
         self.history: list[dict[str, float]] = []  # weights after each step, from step 1
         self._stack = ExitStack()
 
     def __enter__(self) -> "MetricsWriter":
         if not self.is_main_rank:
             return self
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.path.mkdir(parents=True, exist_ok=True)
         self._claim_folder()
-        write_config(self.config, self.folder / "config.yaml")
+        write_config(self.config, self.folder.config)
         self.history = [record["weights"] for record in self._take_up_metrics()]
-        self._metrics = self._stack.enter_context(open(self.folder / "metrics.jsonl", "a", encoding="utf-8"))
+        self._metrics = self._stack.enter_context(open(self.folder.metrics, "a", encoding="utf-8"))
         total, eval_every = self.config.bilevel.steps, self.config.run.eval_every
         self._console = self._stack.enter_context(RunConsole(total, max(1, (eval_every or total) // 10)))
-        self._console.print(f"outputs: {self.folder}")
+        self._console.print(f"outputs: {self.folder.path}")
         changes = changed_from_preset(self.config)
         self._console.print(f"differs from preset {self.config.bilevel.preset}:" if changes else "as the preset")
         for key, (preset, value) in changes.items():
@@ -124,20 +75,22 @@ class MetricsWriter:
             "still_moving": summary["still_moving"],
             "config_sha256": config_sha256(self.config),
         }
-        replace_file(self.folder / "weights.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
+        replace_file(self.folder.weights, json.dumps(content, indent=2, allow_nan=False) + "\n")
         self._console.show(record)
 
     def _claim_folder(self) -> None:
         """Of two runs started into one folder at once the second ends here, before it touches the first's files."""
         if self.start_step == 0 and self.config.run.resume == "never":
             try:
-                (self.folder / "config.yaml").touch(exist_ok=False)
+                self.folder.config.touch(exist_ok=False)
             except FileExistsError:
-                raise UserError(f"run.output_dir={self.folder}: another run began there; name another folder") from None
+                raise UserError(
+                    f"run.output_dir={self.folder.path}: another run began there; name another folder"
+                ) from None
 
     def _take_up_metrics(self) -> list[dict[str, Any]]:
         """The records up to `start_step`; what follows them in the file is moved aside, never deleted."""
-        path = self.folder / "metrics.jsonl"
+        path = self.folder.metrics
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         kept: list[dict[str, Any]] = []
         for line in lines:
@@ -152,7 +105,7 @@ class MetricsWriter:
             )
         if lines[len(kept) :]:
             number = 1
-            while (aside := self.folder / f"metrics.dropped-{number}.jsonl").exists():
+            while (aside := self.folder.path / f"metrics.dropped-{number}.jsonl").exists():
                 number += 1
             replace_file(aside, "".join(lines[len(kept) :]))
             replace_file(path, "".join(lines[: len(kept)]))
@@ -175,20 +128,13 @@ def weights_summary(history: list[dict[str, float]]) -> dict[str, Any]:
 
 def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
     """All complete records of a run, in the order of their steps; a half-written last line is left out."""
-    lines = (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = RunFolder(output_dir).metrics.read_text(encoding="utf-8").splitlines(keepends=True)
     return [record for record in map(_parse, lines) if record is not None]
 
 
 def read_weights(output_dir: Path) -> dict[str, Any]:
     """The content of a run's weights.json."""
-    return json.loads((output_dir / "weights.json").read_text(encoding="utf-8"))
-
-
-def replace_file(path: Path, content: str) -> None:
-    """Writes a file so that a reader sees the old content or the new, never a part."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(content, encoding="utf-8")
-    os.replace(partial, path)
+    return json.loads(RunFolder(output_dir).weights.read_text(encoding="utf-8"))
 
 
 def _parse(line: str) -> dict[str, Any] | None:

@@ -4,10 +4,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from megatron_scalebio.config import changed_from_preset, load_config
+from megatron_scalebio.config import load_config
+from megatron_scalebio.resolution import changed_from_preset
+from megatron_scalebio.run_folder import RunFolder, replace_file
 from megatron_scalebio.show.charts import Line, line_chart
 from megatron_scalebio.show.console import duration
-from megatron_scalebio.show.metrics import read_metrics, read_weights, replace_file, weights_summary
+from megatron_scalebio.show.metrics import read_metrics, read_weights, weights_summary
 
 STYLE = """
 :root { color-scheme: light dark; }
@@ -26,7 +28,7 @@ svg { width: 100%; height: auto; margin-top: 1rem; } code { overflow-wrap: anywh
 def write_report(output_dir: str) -> Path:
     """Writes report.html from the run's metrics.jsonl, weights.json and config.yaml, and returns its path."""
     folder = Path(output_dir)
-    config = load_config(str(folder / "config.yaml"), [])
+    config = load_config(str(RunFolder(folder).config), [])
     records, weights = read_metrics(folder), read_weights(folder)
     last, name = records[-1], folder.name
     seconds = sum(record.get("step_seconds") or 0.0 for record in records)
@@ -46,7 +48,7 @@ preset {config.bilevel.preset}. {moving}</p>
 <p>Configuration <code>{weights["config_sha256"]}</code></p>
 </body></html>
 """
-    path = folder / "report.html"
+    path = RunFolder(folder).report
     replace_file(path, content)
     return path
 

@@ -3,10 +3,16 @@ from collections import Counter
 import pytest
 import torch
 
-from megatron_scalebio.config import UserError
-from megatron_scalebio.data import Sampler, load_dataset
+from megatron_scalebio.config import Config, UserError
+from megatron_scalebio.data import Dataset, Sampler, load_dataset
+from megatron_scalebio.resolution import resolve
+from tests.configs import BYTES
 
 SIZES = {"a": 5, "b": 7, "c": 12}
+
+
+def sampler_of(dataset: Dataset, config: Config, rank: int, size: int) -> Sampler:
+    return Sampler(dataset, resolve(config, BYTES), rank, size)
 
 
 def records(name: str, count: int) -> list[dict]:
@@ -56,10 +62,10 @@ def equal(first, second) -> bool:
 def test_random_access_equals_reading_in_order(config, sampling):
     config.data.sampling = sampling
     dataset = load_dataset(config)
-    sampler = Sampler(dataset, config, 0, 1)
+    sampler = sampler_of(dataset, config, 0, 1)
     in_order = [sampler.step(step) for step in range(1, 31)]
     for step in (30, 2, 17, 1):
-        fresh = Sampler(load_dataset(config), config, 0, 1).step(step)
+        fresh = sampler_of(load_dataset(config), config, 0, 1).step(step)
         assert equal(fresh, in_order[step - 1]) and equal(sampler.step(step), fresh)
         assert fresh.num_examples == in_order[step - 1].num_examples
     assert not equal(in_order[0], in_order[1])
@@ -68,7 +74,7 @@ def test_random_access_equals_reading_in_order(config, sampling):
 @pytest.mark.parametrize("batch_size", [3, 4, 8, 9, 11])
 def test_stratified_shares_are_equal_over_k_steps_and_within_one_always(config, batch_size):
     config.bilevel.global_batch_size = batch_size
-    sampler = Sampler(load_dataset(config), config, 0, 1)
+    sampler = sampler_of(load_dataset(config), config, 0, 1)
     for first in (1, 2, 1000):
         batches = [sampler.step(step).num_examples for step in range(first, first + 3)]
         assert [sum(counts) for counts in zip(*batches, strict=True)] == [batch_size] * 3
@@ -78,7 +84,7 @@ def test_stratified_shares_are_equal_over_k_steps_and_within_one_always(config, 
 def test_stratified_sees_each_example_of_a_source_once_per_epoch(config):
     config.bilevel.global_batch_size = 3  # one example of each source per step
     dataset = load_dataset(config)
-    sampler = Sampler(dataset, config, 0, 1)
+    sampler = sampler_of(dataset, config, 0, 1)
     for source, examples in enumerate(dataset.train):
         size = len(examples)
         orders = []
@@ -92,7 +98,7 @@ def test_stratified_sees_each_example_of_a_source_once_per_epoch(config):
 def test_natural_sees_each_example_once_per_epoch(config):
     config.data.sampling = "natural"
     dataset = load_dataset(config)
-    sampler = Sampler(dataset, config, 0, 1)
+    sampler = sampler_of(dataset, config, 0, 1)
     for first in (1, 4):  # 24 examples in 3 steps of 8
         seen = sum((examples_of(sampler.step(step).train) for step in range(first, first + 3)), Counter())
         assert seen == epoch_of(example for source in dataset.train for example in source)
@@ -100,23 +106,23 @@ def test_natural_sees_each_example_once_per_epoch(config):
 
 def test_validation_goes_through_its_own_epochs_and_wraps(config):
     dataset = load_dataset(config)
-    sampler = Sampler(dataset, config, 0, 1)
+    sampler = sampler_of(dataset, config, 0, 1)
     seen = sum((examples_of(sampler.step(step).validation) for step in range(1, 10)), Counter())
     assert seen == Counter({key: 4 for key in epoch_of(dataset.validation)})  # 9 steps of 4 of 9 examples
     config.bilevel.validation_batch_size = 20  # more than the file holds
-    batch = Sampler(dataset, config, 0, 1).step(1)
+    batch = sampler_of(dataset, config, 0, 1).step(1)
     assert sum(examples_of(batch.validation).values()) == batch.num_validation_examples == 20
     assert set(examples_of(batch.validation).values()) == {2, 3}
     config.bilevel.validation_batch_size = None
-    assert Sampler(dataset, config, 0, 1).step(1).num_validation_examples == config.bilevel.global_batch_size
+    assert sampler_of(dataset, config, 0, 1).step(1).num_validation_examples == config.bilevel.global_batch_size
 
 
 @pytest.mark.parametrize("packing, micro_batch_size, size", [(True, 1, 2), (True, 2, 3), (False, 1, 1), (False, 3, 4)])
 def test_every_layout_sees_the_same_global_batch_and_counts(config, packing, micro_batch_size, size):
     dataset = load_dataset(config)
-    reference = Sampler(dataset, config, 0, 1).step(5)
+    reference = sampler_of(dataset, config, 0, 1).step(5)
     config.data.packing, config.data.micro_batch_size = packing, micro_batch_size
-    shares = [Sampler(dataset, config, rank, size).step(5) for rank in range(size)]
+    shares = [sampler_of(dataset, config, rank, size).step(5) for rank in range(size)]
     for role in ("train", "validation"):
         assert sum((examples_of(getattr(share, role)) for share in shares), Counter()) == examples_of(
             getattr(reference, role)
@@ -128,7 +134,7 @@ def test_every_layout_sees_the_same_global_batch_and_counts(config, packing, mic
 
 
 def test_counts_are_those_of_the_tensors(config):
-    batch = Sampler(load_dataset(config), config, 0, 1).step(3)
+    batch = sampler_of(load_dataset(config), config, 0, 1).step(3)
     train, validation = examples_of(batch.train), examples_of(batch.validation)
     for source in range(3):
         of_source = {key: times for key, times in train.items() if key[0] == source}
@@ -141,7 +147,7 @@ def test_counts_are_those_of_the_tensors(config):
 
 def test_a_late_step_needs_no_replay(config):
     config.bilevel.global_batch_size = 4
-    sampler = Sampler(load_dataset(config), config, 0, 1)
+    sampler = sampler_of(load_dataset(config), config, 0, 1)
     assert sum(sampler.step(10**15).num_examples) == 4
 
 
@@ -149,7 +155,7 @@ def test_the_draw_depends_on_the_seed_and_a_sources_name_not_its_place(config):
     def draws(sources, seed):
         config.data.sources, config.run.seed, config.bilevel.global_batch_size = sources, seed, 3
         dataset = load_dataset(config)
-        sampler = Sampler(dataset, config, 0, 1)
+        sampler = sampler_of(dataset, config, 0, 1)
         steps = [examples_of(sampler.step(step).train) for step in range(1, 6)]
         return [{dataset.source_names[key[0]]: key[1:] for key in step} for step in steps]
 
@@ -161,7 +167,7 @@ def test_the_draw_depends_on_the_seed_and_a_sources_name_not_its_place(config):
 def test_sources_of_one_file_draw_in_different_orders(config):
     config.data.sources[1].path = config.data.sources[2].path
     config.bilevel.global_batch_size = 3
-    sampler = Sampler(load_dataset(config), config, 0, 1)
+    sampler = sampler_of(load_dataset(config), config, 0, 1)
     orders = {1: [], 2: []}
     for step in range(1, 13):
         for source_id, *content in examples_of(sampler.step(step).train):
@@ -172,24 +178,24 @@ def test_sources_of_one_file_draw_in_different_orders(config):
 def test_the_draw_is_the_same_on_every_machine(config):
     """Fixed by sha256 and PCG64's raw stream: a change of these bytes breaks every resumed run."""
     config.data.sampling = "natural"
-    batch = Sampler(load_dataset(config), config, 0, 1).step(2)
+    batch = sampler_of(load_dataset(config), config, 0, 1).step(2)
     prompts = sorted(bytes(tokens).split(b"\n")[0].decode().rstrip(".") for _, tokens, _ in examples_of(batch.train))
     assert " ".join(prompts) == "a1 a4 b4 c1 c10 c2 c4 c5"
 
 
 def test_test_batches_hold_each_test_example_once(config):
     dataset = load_dataset(config)
-    shares = [Sampler(dataset, config, rank, 3).test_batch() for rank in range(3)]
+    shares = [sampler_of(dataset, config, rank, 3).test_batch() for rank in range(3)]
     assert sum((examples_of(microbatches) for microbatches, _ in shares), Counter()) == epoch_of(dataset.test)
     assert {total for _, total in shares} == {sum(example.num_loss_tokens for example in dataset.test)}
     assert len({len(microbatches) for microbatches, _ in shares}) == 1
     dataset.test = []
-    assert Sampler(dataset, config, 0, 1).test_batch() == ([], 0)
+    assert sampler_of(dataset, config, 0, 1).test_batch() == ([], 0)
 
 
 def test_fixed_mode_has_no_validation(config):
     config.bilevel.mode = "fixed"
-    batch = Sampler(load_dataset(config), config, 0, 1).step(1)
+    batch = sampler_of(load_dataset(config), config, 0, 1).step(1)
     assert (batch.validation, batch.num_validation_examples, batch.num_validation_loss_tokens) == ([], 0, 0)
 
 
@@ -197,11 +203,11 @@ def test_more_sources_than_examples_per_step_are_refused_when_stratified(config)
     config.bilevel.global_batch_size = 2
     dataset = load_dataset(config)
     with pytest.raises(UserError, match="bilevel.global_batch_size=2 is less than the 3 sources"):
-        Sampler(dataset, config, 0, 1)
+        sampler_of(dataset, config, 0, 1)
     config.data.sampling = "natural"
-    assert sum(Sampler(dataset, config, 0, 1).step(1).num_examples) == 2
+    assert sum(sampler_of(dataset, config, 0, 1).step(1).num_examples) == 2
 
 
 def test_steps_count_from_one(config):
     with pytest.raises(ValueError, match="steps count from 1, not 0"):
-        Sampler(load_dataset(config), config, 0, 1).step(0)
+        sampler_of(load_dataset(config), config, 0, 1).step(0)

@@ -1,6 +1,6 @@
 """Losses of a short run, kept in git, so that a refactor can show that it changed no number.
 
-    python tests/golden/make.py            writes tests/golden/arithmetic.json; fp64, so that machines agree closely
+python tests/golden/make.py            writes tests/golden/arithmetic.json; fp64, so that machines agree closely
 """
 
 import json
@@ -20,15 +20,14 @@ KEYS = (*LOSSES, "hypergradient", "grad_norm_lower", "grad_norm_upper", "weights
 
 def golden_run(data: str) -> list[dict]:
     """The records of the first steps of examples/quickstart.yaml on the arithmetic data in a folder."""
-    from megatron_scalebio.config import load_config
-    from megatron_scalebio.data import load_dataset
-    from megatron_scalebio.trainer import Trainer
+    from megatron_scalebio import Trainer, load_config, open_run
 
     config = load_config(str(ROOT / "examples/quickstart.yaml"), SETTINGS)
     for source in config.data.sources:
         source.path = str(Path(data) / "train" / Path(source.path).name)
+    config.run.output_dir = str(Path(data) / "run")
     config.data.validation, config.data.test = str(Path(data) / "val.jsonl"), None
-    trainer = Trainer(config, load_dataset(config))
+    trainer = Trainer(open_run(config))
     records = []
     for _ in range(STEPS):
         record = trainer.record(*trainer.take_step())

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from megatron_scalebio.config import Config, ShapeConfig, UserError
+from megatron_scalebio.config import Config, ModelConfig, ShapeConfig, UserError
 from megatron_scalebio.hf import adopt_checkpoint, check_checkpoint, export_config, read_shape
 
 QWEN2 = {
@@ -128,7 +128,7 @@ def test_published_models_mean_the_same_to_transformers(tmp_path, name):
     config.save_pretrained(tmp_path)
     assert "rope_parameters" in json.loads((tmp_path / "config.json").read_text())
     assert read_shape(tmp_path) == (family, shape)
-    write(tmp_path, export_config(family, shape, shape.vocab_size, torch.bfloat16, source=content))
+    write(tmp_path, export_config(ModelConfig(family=family, shape=shape), torch.bfloat16, source=content))
     ours = AutoConfig.from_pretrained(tmp_path)
     unsaid = {"_name_or_path", "transformers_version", "dtype", "use_mrope", "rope_interleaved", "sliding_window_size"}
     theirs, own = ({k: v for k, v in c.to_dict().items() if k not in unsaid} for c in (config, ours))
@@ -308,7 +308,7 @@ def test_all_contradictions_are_told_and_nothing_is_adopted(tmp_path):
 def test_a_checkpoint_is_checked_against_what_was_adopted(saved, tmp_path):
     folder = Path(shutil.copytree(saved("gemma2")[0], tmp_path / "checkpoint"))
     config = adopted(folder)
-    check_checkpoint(config)
+    check_checkpoint(config.model)
     config.model.shape.num_layers = 4
     with pytest.raises(UserError, match=r"missing: model\.layers\.3\."):
-        check_checkpoint(config)
+        check_checkpoint(config.model)

@@ -10,7 +10,8 @@ from safetensors import safe_open
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron_scalebio.config import ShapeConfig, UserError
+from megatron_scalebio.anatomy import FAMILIES
+from megatron_scalebio.config import ModelConfig, ShapeConfig, UserError
 from megatron_scalebio.hf import (
     Checkpoint,
     ShardWriter,
@@ -20,8 +21,8 @@ from megatron_scalebio.hf import (
     read_config,
     read_shape,
 )
-from megatron_scalebio.hf.mapping import check_names, our_names, read_shard, to_theirs
-from tests.hf.tiny_models import CONFIGS
+from megatron_scalebio.hf.mapping import check_names, read_shard, to_theirs
+from tests.hf.tiny_models import CONFIGS, model_of
 
 INDEX = "model.safetensors.index.json"
 ALL_IN_ONE = 10**9
@@ -31,17 +32,17 @@ def export(
     folder: Path, final: Path, dtype: torch.dtype, max_shard_bytes: int, stages: int = 2, **beside: Path
 ) -> None:
     """Read a checkpoint as ours and write it again, as that many pipeline stages would; `beside`: see finish_export."""
-    family, shape = read_shape(folder)
-    checkpoint, names = Checkpoint(folder), our_names(family, shape)
+    model = model_of(folder)
+    checkpoint, names = Checkpoint(folder), [*FAMILIES[model.family].parameters(model.shape)]
     partial, shards = begin_export(final), []
     for stage in range(stages):
         writer = ShardWriter(partial, stage, dtype, max_shard_bytes)
         for name in names[len(names) * stage // stages : len(names) * (stage + 1) // stages]:
-            full = read_shard(checkpoint, family, shape, name, 0, 1)
-            for theirs, tensor in to_theirs(family, shape, name, full).items():
+            full = read_shard(checkpoint, model, name, 0, 1)
+            for theirs, tensor in to_theirs(model, name, full).items():
                 writer.add(theirs, tensor)
         shards += writer.close()
-    config = export_config(family, shape, shape.vocab_size, dtype, read_config(folder))
+    config = export_config(model, dtype, read_config(folder))
     finish_export(partial, final, shards, config, source=folder, **beside)
 
 
@@ -70,11 +71,9 @@ def test_transformers_loads_the_export_with_identical_logits(saved, tmp_path, ki
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_config_json_alone_makes_the_same_model(saved, tmp_path, kind):
     """Without a source: of random weights. The shape that is read back from it is the same."""
-    family, shape = read_shape(saved(kind)[0])
-    tmp_path.joinpath("config.json").write_text(
-        json.dumps(export_config(family, shape, shape.vocab_size, torch.bfloat16))
-    )
-    assert read_shape(tmp_path) == (family, shape)
+    model = model_of(saved(kind)[0])
+    tmp_path.joinpath("config.json").write_text(json.dumps(export_config(model, torch.bfloat16)))
+    assert model_of(tmp_path) == model
     theirs, own = AutoConfig.from_pretrained(tmp_path), CONFIGS[kind]()
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (None, None, None)
     not_carried = {"bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings"}
@@ -85,7 +84,7 @@ def test_config_json_alone_makes_the_same_model(saved, tmp_path, kind):
 
 def test_gemma2_without_a_window_or_softcaps_round_trips(tmp_path):
     shape = ShapeConfig(4, 64, 96, 4, 2, 301, 1e4, 1e-6, tied_embeddings=True, head_size=16, query_pre_attn_scalar=16.0)
-    config = export_config("gemma2", shape, 301, torch.float32)
+    config = export_config(ModelConfig(family="gemma2", shape=shape), torch.float32)
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert read_shape(tmp_path) == ("gemma2", shape)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
@@ -228,6 +227,6 @@ def test_a_converted_export_rounds_once(saved, tmp_path):
     folder, tensors = saved("gemma2")
     export(folder, tmp_path / "hf", torch.bfloat16, max_shard_bytes=40_000)
     checkpoint = Checkpoint(tmp_path / "hf")
-    check_names(checkpoint, *read_shape(tmp_path / "hf"))
+    check_names(checkpoint, model_of(tmp_path / "hf"))
     for name in checkpoint.tensors:
         assert torch.equal(checkpoint.view(name), tensors[name].to(torch.bfloat16)), name

@@ -9,44 +9,43 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_scalebio.config import ShapeConfig, UserError, padded_vocab_size
-from megatron_scalebio.families import FAMILIES
-from megatron_scalebio.hf import Checkpoint, read_shape
+from megatron_scalebio.anatomy import FAMILIES, padded_vocab_size
+from megatron_scalebio.anatomy.tensors import join_shards
+from megatron_scalebio.config import ModelConfig, ShapeConfig, UserError
+from megatron_scalebio.hf import Checkpoint
 from megatron_scalebio.hf.mapping import (
     check_names,
     expected_tensors,
-    join_shards,
-    our_names,
     read_shard,
     to_theirs,
 )
-from tests.hf.tiny_models import CONFIGS, random_model
+from tests.hf.tiny_models import CONFIGS, model_of, random_model
 
 BY_TENSOR_SIZE = [(kind, size) for kind in CONFIGS for size in (1, 2, 4) if kind != "llama3-one-group" or size == 1]
 
 
-def ours(folder: Path, tensor_size: int = 1) -> tuple[str, ShapeConfig, dict[str, torch.Tensor]]:
+def ours(folder: Path, tensor_size: int = 1) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
     """The whole model under our names, joined from the shards of all tensor-parallel ranks."""
-    family, shape = read_shape(folder)
+    model = model_of(folder)
     checkpoint = Checkpoint(folder)
-    check_names(checkpoint, family, shape)
+    check_names(checkpoint, model)
     joined = {}
-    for name in our_names(family, shape):
-        shards = [read_shard(checkpoint, family, shape, name, rank, tensor_size) for rank in range(tensor_size)]
-        joined[name] = join_shards(name, shards)
-    return family, shape, joined
+    for name in FAMILIES[model.family].parameters(model.shape):
+        shards = [read_shard(checkpoint, model, name, rank, tensor_size) for rank in range(tensor_size)]
+        joined[name] = join_shards(FAMILIES[model.family].find(name)[1], shards)
+    return model, joined
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind, tensor_size", BY_TENSOR_SIZE)
 def test_round_trip_is_bit_identical(saved, kind, tensor_size, dtype):
     folder, expected = saved(kind, dtype)
-    family, shape, joined = ours(folder, tensor_size)
+    model, joined = ours(folder, tensor_size)
     theirs = {}
     for name, full in joined.items():
-        theirs |= to_theirs(family, shape, name, full)
-    if shape.tied_embeddings:
-        assert to_theirs(family, shape, "output_layer.weight", joined["embedding.word_embeddings.weight"]) == {}
+        theirs |= to_theirs(model, name, full)
+    if model.shape.tied_embeddings:
+        assert to_theirs(model, "output_layer.weight", joined["embedding.word_embeddings.weight"]) == {}
         expected = {name: tensor for name, tensor in expected.items() if name != "lm_head.weight"}
     assert theirs.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -56,15 +55,15 @@ def test_round_trip_is_bit_identical(saved, kind, tensor_size, dtype):
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_names_are_those_of_the_family(saved, kind):
     folder, _ = saved(kind)
-    family, shape, joined = ours(folder)
-    plan = FAMILIES[family]
+    model, joined = ours(folder)
+    plan = FAMILIES[model.family]
     layer = {name.removeprefix("decoder.layers.2.") for name in joined if name.startswith("decoder.layers.2.")}
     assert ("self_attention.linear_qkv.bias" in layer) == plan.qkv_bias
     assert ("self_attention.linear_proj.post_norm.weight" in layer) == plan.post_norms
     assert ("mlp.linear_fc2.post_norm.weight" in layer) == plan.post_norms
     assert {"input_layernorm.weight", "pre_mlp_layernorm.weight", "self_attention.linear_qkv.weight"} <= layer
     outer = {name for name in joined if not name.startswith("decoder.layers.")}
-    head = set() if shape.tied_embeddings else {"output_layer.weight"}
+    head = set() if model.shape.tied_embeddings else {"output_layer.weight"}
     assert outer == {"embedding.word_embeddings.weight", "decoder.final_layernorm.weight", *head}
 
 
@@ -78,16 +77,17 @@ def test_expected_tensors_are_those_that_transformers_makes(kind):
         num_query_groups=config.num_key_value_heads, head_size=getattr(config, "head_dim", 6),
         tied_embeddings=config.tie_word_embeddings,
     )  # fmt: skip
-    assert expected_tensors(kind.split("-")[0], shape) == folder_shape
+    assert expected_tensors(ModelConfig(family=kind.split("-")[0], shape=shape)) == folder_shape
 
 
 @pytest.mark.parametrize("kind, tensor_size", BY_TENSOR_SIZE)
 def test_qkv_rows_are_queries_key_and_value_of_each_group(saved, kind, tensor_size):
     """x times a rank's rows, read group by group as Megatron reads them, equals transformers' projections of x."""
     folder, _ = saved(kind)
-    family, shape = read_shape(folder)
+    model = model_of(folder)
     attention = random_model(CONFIGS[kind](), torch.float32).model.layers[1].self_attn
-    x = torch.randn(7, shape.hidden_size)  # [E, H]
+    x = torch.randn(7, model.shape.hidden_size)  # [E, H]
+    shape = model.shape
     size, groups = attention.head_dim, shape.num_query_groups
     heads_per_group = shape.num_attention_heads // groups
     query = attention.q_proj(x).view(7, shape.num_attention_heads, size)
@@ -95,10 +95,10 @@ def test_qkv_rows_are_queries_key_and_value_of_each_group(saved, kind, tensor_si
     checkpoint = Checkpoint(folder)
     for rank in range(tensor_size):
         prefix = "decoder.layers.1.self_attention.linear_qkv"
-        rows = read_shard(checkpoint, family, shape, f"{prefix}.weight", rank, tensor_size)
+        rows = read_shard(checkpoint, model, f"{prefix}.weight", rank, tensor_size)
         mixed = x @ rows.T
-        if FAMILIES[family].qkv_bias:
-            mixed = mixed + read_shard(checkpoint, family, shape, f"{prefix}.bias", rank, tensor_size)
+        if FAMILIES[model.family].qkv_bias:
+            mixed = mixed + read_shard(checkpoint, model, f"{prefix}.bias", rank, tensor_size)
         width = (heads_per_group + 2) * size
         assert mixed.shape[1] == width * groups // tensor_size
         for local in range(groups // tensor_size):
@@ -115,12 +115,12 @@ def test_qkv_rows_are_queries_key_and_value_of_each_group(saved, kind, tensor_si
 def test_shards_of_the_mlp_add_up_to_transformers_mlp(saved, tensor_size):
     """Each rank's gate, up and down, computed alone and summed over the ranks, are the whole MLP."""
     folder, _ = saved("llama3")
-    family, shape = read_shape(folder)
+    model = model_of(folder)
     mlp = random_model(CONFIGS["llama3"](), torch.float32).model.layers[2].mlp
-    x, total = torch.randn(7, shape.hidden_size), 0
+    x, total = torch.randn(7, model.shape.hidden_size), 0
     for rank in range(tensor_size):
         fc1, fc2 = (
-            read_shard(Checkpoint(folder), family, shape, f"decoder.layers.2.mlp.{name}.weight", rank, tensor_size)
+            read_shard(Checkpoint(folder), model, f"decoder.layers.2.mlp.{name}.weight", rank, tensor_size)
             for name in ("linear_fc1", "linear_fc2")
         )
         gate, up = (x @ fc1.T).chunk(2, dim=-1)
@@ -131,11 +131,11 @@ def test_shards_of_the_mlp_add_up_to_transformers_mlp(saved, tensor_size):
 @pytest.mark.parametrize("tensor_size", [1, 2, 4])
 def test_shards_of_the_output_projection_add_up(saved, tensor_size):
     folder, _ = saved("gemma2")
-    family, shape = read_shape(folder)
+    model = model_of(folder)
     project = random_model(CONFIGS["gemma2"](), torch.float32).model.layers[0].self_attn.o_proj
-    x = torch.randn(7, shape.num_attention_heads * shape.head_size)
+    x = torch.randn(7, model.shape.num_attention_heads * model.shape.head_size)
     name = "decoder.layers.0.self_attention.linear_proj.weight"
-    shards = [read_shard(Checkpoint(folder), family, shape, name, rank, tensor_size) for rank in range(tensor_size)]
+    shards = [read_shard(Checkpoint(folder), model, name, rank, tensor_size) for rank in range(tensor_size)]
     parts = x.chunk(tensor_size, dim=1)
     total = sum(part @ shard.T for part, shard in zip(parts, shards, strict=True))
     torch.testing.assert_close(total, project(x))
@@ -146,8 +146,8 @@ def test_shards_of_the_output_projection_add_up(saved, tensor_size):
 def test_the_vocabulary_is_padded_with_zeros(saved, name, tensor_size):
     """Of 301 rows padded to 384, the last ranks of 128 hold nothing but padding."""
     folder, tensors = saved("qwen2")
-    family, shape = read_shape(folder)
-    shards = [read_shard(Checkpoint(folder), family, shape, name, rank, tensor_size) for rank in range(tensor_size)]
+    model = model_of(folder)
+    shards = [read_shard(Checkpoint(folder), model, name, rank, tensor_size) for rank in range(tensor_size)]
     assert {shard.shape for shard in shards} == {(padded_vocab_size(301) // tensor_size, 48)}
     full = torch.cat(shards)
     theirs = "lm_head.weight" if name == "output_layer.weight" else "model.embed_tokens.weight"
@@ -157,10 +157,10 @@ def test_the_vocabulary_is_padded_with_zeros(saved, name, tensor_size):
 def test_the_head_of_a_tied_model_is_its_embedding(saved):
     """A later pipeline stage has a copy of its own to fill."""
     folder, _ = saved("gemma2")
-    family, shape = read_shape(folder)
+    model = model_of(folder)
     checkpoint = Checkpoint(folder)
-    head = read_shard(checkpoint, family, shape, "output_layer.weight", 1, 2)
-    embedding = read_shard(checkpoint, family, shape, "embedding.word_embeddings.weight", 1, 2)
+    head = read_shard(checkpoint, model, "output_layer.weight", 1, 2)
+    embedding = read_shard(checkpoint, model, "embedding.word_embeddings.weight", 1, 2)
     assert torch.equal(head, embedding) and head.data_ptr() != embedding.data_ptr()
 
 
@@ -168,11 +168,11 @@ def test_the_head_of_a_tied_model_is_its_embedding(saved):
 def test_a_shard_is_all_the_memory_that_reading_it_takes(saved, kind, tensor_size):
     """Of torch's allocations, each of which the profiler sees."""
     folder, _ = saved(kind)
-    family, shape = read_shape(folder)
+    model = model_of(folder)
     checkpoint = Checkpoint(folder)
-    for name in our_names(family, shape):
+    for name in FAMILIES[model.family].parameters(model.shape):
         with torch.profiler.profile(profile_memory=True) as profile:
-            shard = read_shard(checkpoint, family, shape, name, tensor_size - 1, tensor_size)
+            shard = read_shard(checkpoint, model, name, tensor_size - 1, tensor_size)
         allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.events())
         assert shard.nbytes <= allocated < shard.nbytes + 64, name  # it rounds up
         assert shard.untyped_storage().nbytes() == shard.nbytes and shard.is_contiguous(), name
@@ -194,7 +194,7 @@ def single_file(saved, tmp_path: Path, kind: str, change) -> Path:
 
 
 def check(folder: Path) -> None:
-    check_names(Checkpoint(folder), *read_shape(folder))
+    check_names(Checkpoint(folder), model_of(folder))
 
 
 def test_all_tensors_that_do_not_fit_are_told_at_once(saved, tmp_path):

@@ -1,11 +1,15 @@
 """Tiny models of every family, made by transformers itself."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedModel, Qwen2Config
+
+from megatron_scalebio.config import ModelConfig
+from megatron_scalebio.hf import read_shape
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -34,6 +38,12 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         **TINY, num_key_value_heads=4, head_dim=16, query_pre_attn_scalar=20, sliding_window=5, pad_token_id=None
     ),
 }
+
+
+def model_of(folder: Path) -> ModelConfig:
+    """The model settings that a checkpoint folder has."""
+    family, shape = read_shape(folder)
+    return ModelConfig(family=family, shape=shape)
 
 
 def random_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:

@@ -136,7 +136,7 @@ def test_nearly_equal_numbers_round_alike_though_the_largest_of_their_block_has_
     """Two models a step apart. A grid that followed the largest number would have every number rounded anew."""
     x = torch.randn(256, 256, generator=torch.Generator().manual_seed(1))
     y = x * (1 + 1e-5)
-    equal = (dequantize(quantize(x, block_rows), torch.float32) == dequantize(quantize(y, block_rows), torch.float32))
+    equal = dequantize(quantize(x, block_rows), torch.float32) == dequantize(quantize(y, block_rows), torch.float32)
     assert equal.float().mean() > 0.99
 
 

@@ -14,16 +14,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_scalebio.active_layers import Role, draw_active_layers, period_of
+from megatron_scalebio.anatomy import padded_vocab_size
+from megatron_scalebio.anatomy.tensors import shard
 from megatron_scalebio.bilevel import Bilevel, StepResult
-from megatron_scalebio.config import Config, load_config, padded_vocab_size
+from megatron_scalebio.config import Config
 from megatron_scalebio.data import Example, MicroBatch, StepBatch, build_micro_batch
 from megatron_scalebio.data.packing import plan_microbatches
 from megatron_scalebio.device import CPU
 from megatron_scalebio.mcore.models import MegatronModels
-from megatron_scalebio.mcore.parameters import NamedParameter, shard
+from megatron_scalebio.mcore.parameters import NamedParameter
 from megatron_scalebio.mcore.process_groups import ProcessGroups, start_process_groups
 from megatron_scalebio.mcore.weight_store import Block
 from megatron_scalebio.trainer import make_source_weights
+from tests.configs import resolved
 from tests.distributed import run_distributed
 from tests.reference import Weights, random_weights
 
@@ -73,7 +76,7 @@ class Case:
 
 @cache
 def small_config(overrides: tuple[str, ...]) -> Config:
-    return load_config(None, [*SMALL_RUN, *overrides])
+    return resolved(*SMALL_RUN, *overrides, vocab_size=VOCAB_SIZE)
 
 
 def random_examples(seed: int, source_ids: tuple[int, ...]) -> list[Example]:
@@ -142,9 +145,10 @@ class RankRun:
 
         def initial(parameter: NamedParameter) -> Tensor:
             tied_head = parameter.name == "output_layer.weight" and parameter.name not in full
-            return shard(parameter, full["embedding.word_embeddings.weight" if tied_head else parameter.name], *place)
+            name = "embedding.word_embeddings.weight" if tied_head else parameter.name
+            return shard(parameter.declared, full[name], *place)
 
-        self.models = MegatronModels(self.config, self.groups, CPU, VOCAB_SIZE, initial)
+        self.models = MegatronModels(self.config, self.groups, CPU, initial)
         self.source_weights = make_source_weights(self.config, case.source_names)
         self.bilevel = Bilevel(self.config, self.source_weights)
         self.active_layers: dict[Role, list[int]] = {}
@@ -174,7 +178,7 @@ class RankRun:
         return self._shards({name: self._flat(role, name) for name in self.blocks(role)}, role)
 
     def _flat(self, role: Role, name: str) -> Tensor:
-        block, exact = self.blocks(role)[name], self.models.exact(role, name)
+        block, exact = self.blocks(role)[name], self.models.persistence.exact(role, name)
         if block.weights is not None:
             return block.weights
         if exact is None:
@@ -196,7 +200,7 @@ class RankRun:
 
     def _shards(self, flat: dict[str, Tensor], role: Role) -> Shards:
         return {
-            parameter.name: Shard(view.clone(), parameter.shard_dim)
+            parameter.name: Shard(view.clone(), parameter.declared.cut.dim)
             for name, tensor in flat.items()
             for parameter, view in zip(
                 self.blocks(role)[name].parameters, self.blocks(role)[name].views(tensor), strict=True

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_scalebio.active_layers import Role
-from megatron_scalebio.config import padded_vocab_size
+from megatron_scalebio.anatomy import padded_vocab_size
 from megatron_scalebio.mcore.weight_store import data_parallel_shard
 from megatron_scalebio.plan.sizes import rank_bytes
 from tests.distributed import run_distributed
@@ -135,7 +135,7 @@ def check_bytes(run: RankRun, ever_active: dict[Role, set[str]]) -> None:
 
     layers = [{int(n.split(".")[1]) for n in ever_active[role] if n.startswith("layers.")} for role in Role]
     active_layers = [run.active_layers[role] for role in Role]
-    plan = rank_bytes(config, VOCAB_SIZE, data_size, run.groups.stage, active_layers, layers)
+    plan = rank_bytes(config, data_size, run.groups.stage, active_layers, layers)
     assert held == plan["gradients"] + plan["moments"] + plan["masters"]
     stored = run.models.store.num_bytes()
     assert stored["shared"] + stored["own"] == plan["frozen weights"] + plan["active weights"]

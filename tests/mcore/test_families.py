@@ -25,16 +25,18 @@ from transformers.models.llama import modeling_llama
 from transformers.models.qwen2 import modeling_qwen2
 
 from megatron_scalebio.active_layers import Role
+from megatron_scalebio.anatomy import padded_vocab_size
+from megatron_scalebio.anatomy.tensors import shard
 from megatron_scalebio.bilevel import Pass
-from megatron_scalebio.config import load_config, padded_vocab_size
 from megatron_scalebio.data import Example, build_micro_batch
 from megatron_scalebio.data.packing import plan_microbatches
 from megatron_scalebio.device import CPU
 from megatron_scalebio.losses import TokenCoefs
 from megatron_scalebio.mcore.build import build_model
 from megatron_scalebio.mcore.models import MegatronModels
-from megatron_scalebio.mcore.parameters import NamedParameter, shard
+from megatron_scalebio.mcore.parameters import NamedParameter
 from megatron_scalebio.mcore.process_groups import start_process_groups
+from tests.configs import resolved
 from tests.distributed import run_distributed
 from tests.mcore.runs import MAX_LENGTH, VOCAB_SIZE, Place, Shard, Shards, join, place_of, random_examples
 
@@ -235,14 +237,15 @@ def to_ours(theirs: Tensors, padding: float) -> Tensors:
 
 def run_rank(overrides: tuple[str, ...], weights: Tensors, fault: str | None) -> tuple[Place, Tensor, Shards]:
     """On every rank: (place, token losses [N] of the last stage, gradients)."""
-    config = load_config(None, [*RUN, *overrides])
+    config = resolved(*RUN, *overrides, vocab_size=VOCAB_SIZE)
     groups = start_process_groups(config.parallel, CPU)
     place = groups.tensor_rank, groups.tensor.size()
 
     def initial(parameter: NamedParameter) -> Tensor:
-        return shard(parameter, weights.get(parameter.name, weights["embedding.word_embeddings.weight"]), *place)
+        full = weights.get(parameter.name, weights["embedding.word_embeddings.weight"])
+        return shard(parameter.declared, full, *place)
 
-    models = MegatronModels(config, groups, CPU, VOCAB_SIZE, initial)
+    models = MegatronModels(config, groups, CPU, initial)
     blocks = models.store.blocks[Role.UPPER].values()
     FAULTS.get(fault, lambda model: None)(models.chunk.models["upper"])
     models.redraw({Role.UPPER: list(range(config.model.shape.num_layers))})
@@ -256,7 +259,7 @@ def run_rank(overrides: tuple[str, ...], weights: Tensors, fault: str | None) ->
         place_of(groups),
         losses,
         {
-            parameter.name: Shard(view, parameter.shard_dim)
+            parameter.name: Shard(view, parameter.declared.cut.dim)
             for block in blocks
             for parameter, view in zip(block.parameters, block.views(active[block.name].gradient), strict=True)
         },
@@ -358,8 +361,8 @@ def test_a_mistake_would_show(mistake):
 
 def run_rounded(weight: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     """On one rank, in bf16: a Gemma-2 norm of the table's rows, and its embedding of all tokens."""
-    config = load_config(None, [*RUN, *OURS["gemma2"], "precision.compute=bf16"])
-    model = build_model(config, start_process_groups(config.parallel, CPU), CPU, VOCAB_SIZE)
+    config = resolved(*RUN, *OURS["gemma2"], "precision.compute=bf16", vocab_size=VOCAB_SIZE)
+    model = build_model(config, start_process_groups(config.parallel, CPU), CPU)
     norm, embedding = model.decoder.layers[0].self_attention.linear_proj.post_norm, model.embedding
     norm.weight.data, embedding.word_embeddings.weight.data = weight, table
     return norm(table), embedding(torch.arange(VOCAB_SIZE).unsqueeze(0), None).squeeze(1)
@@ -379,8 +382,8 @@ def test_gemma2_rounds_to_bf16_where_transformers_does():
 
 def initial_norms(overrides: tuple[str, ...]) -> dict[str, set[float]]:
     """On one rank: the values that each norm's weight begins with."""
-    config = load_config(None, [*RUN, *overrides, "precision.compute=bf16"])
-    models = MegatronModels(config, start_process_groups(config.parallel, CPU), CPU, VOCAB_SIZE)
+    config = resolved(*RUN, *overrides, "precision.compute=bf16", vocab_size=VOCAB_SIZE)
+    models = MegatronModels(config, start_process_groups(config.parallel, CPU), CPU)
     parameters = [p for block in models.store.blocks[Role.UPPER].values() for p in block.parameters]
     return {p.name: set(p.tensor.tolist()) for p in parameters if p.name.endswith("norm.weight")}
 

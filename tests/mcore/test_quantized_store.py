@@ -165,7 +165,7 @@ def follow_masters(case: Case) -> None:
                 masters[role, name] = active.master.clone()
                 activations[name] += role is Role.UPPER
     for (role, name), master in masters.items():
-        assert torch.equal(run.models.exact(role, name), master)
+        assert torch.equal(run.models.persistence.exact(role, name), master)
         if not name.startswith("layers.") or activations[name] < 2:
             continue
         block, shard = run.blocks(role)[name], data_parallel_shard(initial[name].numel(), run.groups)

@@ -24,7 +24,7 @@ from megatron_scalebio.mcore.models import MegatronModels
 from megatron_scalebio.mcore.process_groups import start_process_groups
 from megatron_scalebio.trainer import make_source_weights
 from tests.distributed import run_distributed
-from tests.mcore.runs import MAX_LENGTH, VOCAB_SIZE, Case, step_batch
+from tests.mcore.runs import MAX_LENGTH, Case, step_batch
 
 TP2, SP, PP2 = "parallel.tensor=2", "parallel.sequence=true", "parallel.pipeline=2"
 FROZEN_EMBEDDING = "lisa.always_active=[final_norm,head]"
@@ -55,7 +55,7 @@ class Run:
 
     def __init__(self, case: Case):
         self.case, self.groups = case, start_process_groups(case.config.parallel, CPU)
-        self.models = MegatronModels(case.config, self.groups, CPU, VOCAB_SIZE)
+        self.models = MegatronModels(case.config, self.groups, CPU)
         self.bilevel = Bilevel(case.config, make_source_weights(case.config, case.source_names))
 
     def take_step(self, step: int) -> StepResult:

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_scalebio import device
 from megatron_scalebio.active_layers import Role, draw_active_layers
-from megatron_scalebio.config import Config, load_config
+from megatron_scalebio.config import Config
 from megatron_scalebio.device import CPU
 from megatron_scalebio.mcore import build
 from megatron_scalebio.mcore.attention import SdpaAttention, VarlenAttention
@@ -28,8 +28,9 @@ from megatron_scalebio.mcore.models import MegatronModels
 from megatron_scalebio.mcore.process_groups import start_process_groups
 from megatron_scalebio.mcore.rehearsal import ACTIVATIONS, Rehearsal, fake_world, measure_step, paths_of_cuda, rehearse
 from megatron_scalebio.plan.sizes import rank_bytes
+from tests.configs import resolved
 from tests.distributed import run_distributed
-from tests.mcore.runs import VOCAB_SIZE, small_config
+from tests.mcore.runs import small_config
 
 LAYOUTS = {
     "PP2, uneven": (2, ("parallel.pipeline=2", "parallel.layers_per_stage=[3,1]")),
@@ -59,7 +60,7 @@ def measured(config: Config, period: int) -> tuple[int, dict[str, int], int]:
     """On a rank: its number, real bytes by part at the peak, bytes of masters on the host."""
     groups = start_process_groups(config.parallel, CPU)
     with MemoryTracker(ACTIVATIONS) as tracker:
-        models = MegatronModels(config, groups, CPU, VOCAB_SIZE)
+        models = MegatronModels(config, groups, CPU)
         parts = measure_step(models, period, groups.num_stages, tracker)
     return groups.rank, parts, models.store.masters.nbytes
 
@@ -72,26 +73,26 @@ def as_measured(rehearsal: Rehearsal) -> tuple[int, dict[str, int], int]:
 def test_real_tensors_take_at_the_peak_what_fake_ones_do(world_size, overrides):
     config = config_of(overrides)
     for rank in range(world_size):
-        rehearsal = rehearse(config, world_size, rank, VOCAB_SIZE, on_cuda=False)
+        rehearsal = rehearse(config, world_size, rank, on_cuda=False)
         with device.rehearsal(), fake_world(world_size, rank):
             assert measured(config, rehearsal.period) == as_measured(rehearsal)
 
 
 def test_ranks_that_talk_to_each_other_take_what_the_rehearsal_does():
     config = config_of(("parallel.pipeline=2",))
-    rehearsals = [rehearse(config, 2, rank, VOCAB_SIZE, on_cuda=False) for rank in range(2)]
+    rehearsals = [rehearse(config, 2, rank, on_cuda=False) for rank in range(2)]
     (period,) = {rehearsal.period for rehearsal in rehearsals}
     assert run_distributed(2, measured, config, period) == [as_measured(rehearsal) for rehearsal in rehearsals]
 
 
 def test_a_stage_of_32b_holds_the_bytes_of_the_arithmetic_and_the_loss_buffers_of_a_large_chunk():
-    config = load_config(None, list(QWEN25_32B))
+    config = resolved(*QWEN25_32B)
     stage, vocab_rows, hidden, tokens = 3, 152064 // 2, 5120, 4096
-    rehearsal = rehearse(config, 8, 2 * stage, 152064, on_cuda=True)
+    rehearsal = rehearse(config, 8, 2 * stage, on_cuda=True)
     draws = [draw_active_layers(config.lisa, 64, config.run.seed, period) for period in range(rehearsal.period + 1)]
     active = [draws[-1][role] for role in Role]
     thawed = [{layer for draw in draws for layer in draw[role]} for role in Role]
-    expected = rank_bytes(config, 152064, 1, stage, active, thawed)
+    expected = rank_bytes(config, 1, stage, active, thawed)
     assert {part: size for part, size in rehearsal.parts.items() if part in expected} | {
         "host masters": rehearsal.host_masters
     } == expected
@@ -108,10 +109,10 @@ def test_the_process_is_as_it_was():
         return [*patched, triton.JITFunction.run, dict(vars(head_loss._HeadLoss)), *started]
 
     before = state()
-    rehearse(config_of(()), 1, 0, VOCAB_SIZE, on_cuda=True)
+    rehearse(config_of(()), 1, 0, on_cuda=True)
     assert state() == before
     with pytest.raises(RuntimeError, match="not divisible"):  # from within
-        rehearse(config_of(("parallel.pipeline=3",)), 2, 0, VOCAB_SIZE, on_cuda=True)
+        rehearse(config_of(("parallel.pipeline=3",)), 2, 0, on_cuda=True)
     assert state() == before
     assert device.read_back(torch.ones(1)) == [1.0] and not on_triton(torch.ones(1))
 
@@ -120,7 +121,7 @@ def test_a_process_that_trains_is_refused():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         with pytest.raises(RuntimeError, match="in use"):
-            rehearse(config_of(()), 1, 0, VOCAB_SIZE, on_cuda=False)
+            rehearse(config_of(()), 1, 0, on_cuda=False)
     finally:
         dist.destroy_process_group()
 

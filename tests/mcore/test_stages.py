@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_scalebio.active_layers import Role
-from megatron_scalebio.config import padded_vocab_size
+from megatron_scalebio.anatomy import padded_vocab_size
 from megatron_scalebio.plan.sizes import stage_layers as planned_layers
 from tests.distributed import run_distributed
 from tests.mcore.runs import MAX_LENGTH, VOCAB_SIZE, Case, RankRun, Step, initial_weights, run_case

@@ -7,20 +7,20 @@ Shapes: T tokens, K input features, N output features.
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from megatron_scalebio import cli
 from megatron_scalebio.active_layers import Role
 from megatron_scalebio.config import PrecisionConfig, UserError
 from megatron_scalebio.mcore.rehearsal import rehearse
 from megatron_scalebio.mcore.te_linear import check_transformer_engine
+from megatron_scalebio.run import open_run
 from tests.distributed import run_distributed
-from tests.mcore.runs import VOCAB_SIZE, Case, RankRun, Shards, small_config
+from tests.mcore.runs import Case, RankRun, Shards, small_config
 
 FP8, BF16 = "precision.compute=fp8", "precision.compute=bf16"
 TP2_SEQUENCE = ("parallel.tensor=2", "parallel.sequence=true")
@@ -159,7 +159,7 @@ def test_active_matrices_alone_come_to_transformer_engine_and_their_gradients_to
 
 def test_planning_needs_no_transformer_engine():
     in_fp8, in_bf16 = (
-        rehearse(small_config((compute, "bilevel.steps=8")), 1, 0, VOCAB_SIZE, on_cuda=True) for compute in (FP8, BF16)
+        rehearse(small_config((compute, "bilevel.steps=8")), 1, 0, on_cuda=True) for compute in (FP8, BF16)
     )
     assert in_fp8 == in_bf16
 
@@ -210,12 +210,8 @@ def test_a_chip_that_is_too_old_is_refused_with_transformer_engines_reason(gpu, 
 def test_a_run_is_refused_before_its_data_are_read_and_a_dry_run_is_not(monkeypatch, tmp_path, dry_run):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     read: list[Callable] = []
-    dataset = SimpleNamespace(tokenizer=SimpleNamespace(vocab_size=VOCAB_SIZE))
-    monkeypatch.setattr("megatron_scalebio.data.load_dataset", lambda config: read.append(config) or dataset)
+    monkeypatch.setattr("megatron_scalebio.run.load_dataset", lambda config, tokenizer: read.append(config))
     settings = [FP8, "data.sources=[{name: a, path: a.jsonl}]", "data.validation=v.jsonl"]
-    args = SimpleNamespace(
-        config=None, overrides=[*settings, f"run.output_dir={tmp_path}/new"], dry_run=dry_run, command="train"
-    )
     with nullcontext() if dry_run else pytest.raises(UserError, match="needs a GPU"):
-        cli.prepare(args, world_size=1)
+        open_run(None, [*settings, f"run.output_dir={tmp_path}/new"], dry=dry_run)
     assert bool(read) == dry_run

@@ -5,7 +5,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from megatron_scalebio.active_layers import Role
-from megatron_scalebio.config import load_config
 from megatron_scalebio.plan.flops import (
     Work,
     causal_pairs,
@@ -15,8 +14,9 @@ from megatron_scalebio.plan.flops import (
     step_flops,
     work_of,
 )
+from tests.configs import resolved
 from tests.distributed import run_distributed
-from tests.mcore.runs import MAX_LENGTH, VOCAB_SIZE, Case, RankRun
+from tests.mcore.runs import MAX_LENGTH, Case, RankRun
 
 Draw = dict[Role, list[int]]
 
@@ -92,28 +92,27 @@ def test_executed_flops_equal_torchs_count_of_the_real_step(overrides, world_siz
         for stage, (train, validation), counted in (records[index] for records in ranks):
             passes = [(layers, train) for layers in active]
             passes += [(active[-1], validation)] if len(roles) == 2 else []
-            on_rank = [stage_flops(config, VOCAB_SIZE, stage, *part).executed for part in passes]
+            on_rank = [stage_flops(config, stage, *part).executed for part in passes]
             assert counted == sum(on_rank)
         # Every shard of the model runs its replica's work, so one rank per replica tells the whole batch's.
         replicas = [ranks[rank * config.parallel.tensor][index][1] for rank in range(num_replicas)]
         train, validation = (sum(works, Work(0, 0, 0, 0)) for works in zip(*replicas, strict=True))
         total = sum(records[index][2] for records in ranks)
-        assert step_flops(config, VOCAB_SIZE, active, train, validation).executed == total
+        assert step_flops(config, active, train, validation).executed == total
 
 
 def test_lisa_on_32b_executes_less_than_full_training():
     """0.685 of the 6 N count with two of 64 layers: the ratio of model FLOPs to those of full training, short rows."""
-    config = load_config(
-        None,
-        ["model.shape.num_layers=64", "model.shape.hidden_size=5120", "model.shape.ffn_hidden_size=27648"]
-        + ["model.shape.num_attention_heads=40", "model.shape.num_query_groups=8"],
+    config = resolved(
+        *("model.shape.num_layers=64", "model.shape.hidden_size=5120", "model.shape.ffn_hidden_size=27648"),
+        *("model.shape.num_attention_heads=40", "model.shape.num_query_groups=8", "model.shape.vocab_size=152064"),
     )
     work = Work(positions=1024, loss_tokens=1024, pairs=0, window_pairs=0)
-    lisa = pass_flops(config, 152_064, [20, 40], work).model
-    everything = pass_flops(config, 152_064, range(64), work).model
+    lisa = pass_flops(config, [20, 40], work).model
+    everything = pass_flops(config, range(64), work).model
     assert lisa / everything == pytest.approx(0.685, abs=1e-3)
     embedding_and_vectors = 1.5 * 6 * 1024 * 152_064 * 5120  # 6 N counts a look-up as a product
-    assert everything == pytest.approx(six_n_equivalent(config, 152_064, 1024), abs=embedding_and_vectors)
+    assert everything == pytest.approx(six_n_equivalent(config, 1024), abs=embedding_and_vectors)
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 5, 9])
@@ -129,8 +128,8 @@ def test_attended_pairs_are_those_of_a_written_out_mask(window):
 
 def test_every_other_layer_of_gemma2_counts_its_window():
     shape = ["model.family=gemma2", "model.shape.tied_embeddings=true", "model.shape.sliding_window=4"]
-    config = load_config(None, [*shape, "model.shape.num_layers=3"])
+    config = resolved(*shape, "model.shape.num_layers=3")
     pairs, window_pairs = 100, 10
     plain, windowed = Work(0, 0, pairs, pairs), Work(0, 0, pairs, window_pairs)
-    assert pass_flops(config, 258, [0], plain).forward == pytest.approx(3 * 4 * 128 * pairs)
-    assert pass_flops(config, 258, [0], windowed).forward == 4 * 128 * (2 * window_pairs + pairs)  # layers 0 and 2
+    assert pass_flops(config, [0], plain).forward == pytest.approx(3 * 4 * 128 * pairs)
+    assert pass_flops(config, [0], windowed).forward == 4 * 128 * (2 * window_pairs + pairs)  # layers 0 and 2

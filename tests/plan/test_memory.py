@@ -6,7 +6,7 @@ from megatron_scalebio.mcore.rehearsal import rehearse
 from megatron_scalebio.plan.memory import saved_layer_bytes
 from megatron_scalebio.plan.planner import draws_of, stage_memory
 from megatron_scalebio.plan.sizes import on_device
-from tests.plan.test_planner import VOCAB_SIZE, qwen_32b
+from tests.plan.test_planner import qwen_32b
 
 NOT_TENSORS = ("communication buffers", "allocator reserve")
 FP8, FP8_MOMENTS = "precision.frozen_weights=fp8", "optimizer.moments=fp8"
@@ -28,8 +28,8 @@ def test_tensors_of_a_step_are_predicted_within_5_percent(world_size, ranks, ove
     config = qwen_32b(*overrides, "bilevel.steps=20")
     data_parallel = world_size // (config.parallel.tensor * config.parallel.pipeline)
     for rank in ranks:
-        rehearsed = rehearse(config, world_size, rank, VOCAB_SIZE, on_cuda=True)
-        parts = stage_memory(config, VOCAB_SIZE, data_parallel, rehearsed.stage, draws_of(config)).parts
+        rehearsed = rehearse(config, world_size, rank, on_cuda=True)
+        parts = stage_memory(config, data_parallel, rehearsed.stage, draws_of(config)).parts
         tensors = on_device(parts) - sum(parts[part] for part in NOT_TENSORS)
         assert tensors == pytest.approx(rehearsed.peak_bytes, rel=0.05)
         for part in ("frozen weights", "active weights", "gradients", "masters", "moments"):

@@ -12,32 +12,28 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_scalebio import cli, dry_run
-from megatron_scalebio.config import Config, SourceConfig, UserError, load_config
-from megatron_scalebio.hf import adopt_checkpoint
+from megatron_scalebio.config import Config, SourceConfig, UserError
 from megatron_scalebio.plan import report
-from megatron_scalebio.plan.memory import GIB
-from megatron_scalebio.plan.planner import Plan, make_plan, num_microbatches, stage_memory
+from megatron_scalebio.plan.planner import Plan, num_microbatches, stage_memory
 from megatron_scalebio.plan.report import settings_of
 from megatron_scalebio.plan.search import ROOM, search_layouts
 from megatron_scalebio.plan.seconds import H100, H200, StageLoad, flush_seconds, stage_loads
 from megatron_scalebio.plan.sizes import rank_bytes
 from megatron_scalebio.rules import check_config
+from megatron_scalebio.run import Run, open_config
 
 REPOSITORY = Path(__file__).parents[2]
 QWEN_32B = REPOSITORY / "examples" / "models" / "qwen25_32b"
 VOCAB_SIZE = 152_064
-H100_BYTES, H200_BYTES = int(H100.memory * GIB), int(H200.memory * GIB)
+H100_BYTES, H200_BYTES = H100.memory, H200.memory
 
 
 def qwen_32b(*overrides: str) -> Config:
-    config = load_config(None, [f"model.hf_path={QWEN_32B}", "bilevel.steps=234", *overrides])
-    adopt_checkpoint(config, {})
-    config.data.sources, config.data.validation = [SourceConfig("any", "any")], "any"
-    return config
+    return open_config(None, [f"model.hf_path={QWEN_32B}", "bilevel.steps=234", *overrides])
 
 
 def plan_of(world_size: int, *overrides: str, memory: int = H100_BYTES) -> Plan:
-    return make_plan(qwen_32b(*overrides), VOCAB_SIZE, world_size, memory, H100)
+    return Plan.of(qwen_32b(*overrides), world_size, memory, H100)
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 8])
@@ -125,7 +121,7 @@ def test_mistakes_are_refused(arguments, capsys):
 @pytest.mark.parametrize("gib", [-1.0, 0.0, math.nan, math.inf])
 def test_a_dry_run_refuses_memory_that_no_gpu_has(gib):
     with pytest.raises(UserError, match="--gpu-memory .* positive and finite"):
-        dry_run.dry_run(qwen_32b(), None, 1, gib)
+        dry_run.dry_run(Run(qwen_32b(), None), 1, gib)
 
 
 @pytest.mark.parametrize("compute, told", [("bf16", False), ("fp8", True)])
@@ -141,14 +137,14 @@ def test_masters_on_the_host_are_those_of_the_period_that_has_most():
     config = qwen_32b("parallel.pipeline=8", "precision.frozen_weights=fp8", "bilevel.steps=20")
     draws = [[[0], [0]], [[1, 2], [1, 2]], [[3], [3]]]
     first, second, third = (
-        rank_bytes(config, VOCAB_SIZE, 1, 0, draw, [{layer for past in draws[: period + 1] for layer in past[0]}] * 2)
+        rank_bytes(config, 1, 0, draw, [{layer for past in draws[: period + 1] for layer in past[0]}] * 2)
         for period, draw in enumerate(draws)
     )
-    found = stage_memory(config, VOCAB_SIZE, 1, 0, draws)
+    found = stage_memory(config, 1, 0, draws)
     assert found.period == 1
     assert found.parts["active weights"] == second["active weights"] > third["active weights"]
     assert found.parts["host masters"] == third["host masters"] > second["host masters"] > first["host masters"]
-    plan = make_plan(config, VOCAB_SIZE, 8, H100_BYTES, H100, draws)
+    plan = Plan.of(config, 8, H100_BYTES, H100, draws)
     assert dry_run.rehearsed(plan, 0).parts["host masters"] == third["host masters"]
 
 
@@ -166,12 +162,12 @@ def test_planning_starts_no_process_group_and_reads_no_data(tmp_path):
 @pytest.mark.parametrize("overrides", [[], ["data.max_length=4096"], ["lisa.always_active=[final_norm]"]], ids=str)
 def test_layouts_found_fit_keep_the_rules_and_are_sorted(overrides):
     config = qwen_32b(*overrides)
-    plans = search_layouts(config, VOCAB_SIZE, 8, H100_BYTES, H100)
+    plans = search_layouts(config, 8, H100_BYTES, H100)
     assert len(plans) > 3
     for plan in plans:
         chosen = qwen_32b(*overrides, *(setting.strip("'") for setting in settings_of(plan.config)))
         check_config(chosen, 8, VOCAB_SIZE)
-        again = make_plan(chosen, VOCAB_SIZE, 8, H100_BYTES, H100)
+        again = Plan.of(chosen, 8, H100_BYTES, H100)
         assert again.fits and again.fullest.total <= ROOM * H100_BYTES
         assert again.time.seconds == pytest.approx(plan.time.seconds)
         assert sum(plan.data_parallel * number for number in plan.num_microbatches) > 0
@@ -180,14 +176,15 @@ def test_layouts_found_fit_keep_the_rules_and_are_sorted(overrides):
 
 def test_the_search_finds_what_a_look_at_every_layout_finds():
     """A model of 6 layers on 2 GPUs, small enough to try all splits of the layers."""
-    config = load_config(None, ["model.shape.num_layers=6", "model.shape.hidden_size=1024", "data.max_length=512"])
+    shape = ("model.shape.num_layers=6", "model.shape.hidden_size=1024", "model.shape.vocab_size=50000")
+    config = open_config(None, [*shape, "data.max_length=512"])
     config = replace(config, data=replace(config.data, sources=[SourceConfig("any", "any")], validation="any"))
-    best = search_layouts(config, 50_000, 2, H100_BYTES, H100)
+    best = search_layouts(config, 2, H100_BYTES, H100)
     pipelined = next(plan for plan in best if plan.config.parallel.pipeline == 2)
     every = [
-        make_plan(
+        Plan.of(
             replace(pipelined.config, parallel=replace(pipelined.config.parallel, layers_per_stage=[first, 6 - first])),
-            *(50_000, 2, H100_BYTES, H100),
+            *(2, H100_BYTES, H100),
         )
         for first in range(1, 6)
     ]
@@ -196,7 +193,7 @@ def test_the_search_finds_what_a_look_at_every_layout_finds():
 
 def test_tighter_memory_finds_layouts_that_keep_less():
     config = qwen_32b()
-    roomy, tight = (search_layouts(config, VOCAB_SIZE, 8, memory, H100)[0] for memory in (H100_BYTES, H100_BYTES // 2))
+    roomy, tight = (search_layouts(config, 8, memory, H100)[0] for memory in (H100_BYTES, H100_BYTES // 2))
     assert tight.fullest.total <= ROOM * H100_BYTES // 2 < roomy.fullest.total
     assert tight.time.seconds > roomy.time.seconds
 

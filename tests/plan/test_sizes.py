@@ -1,15 +1,19 @@
 """Parameters and bytes by arithmetic equal what is published, and what the running host holds."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from megatron_scalebio.kernels import fp8, head_loss, moments
 
 from megatron_scalebio.active_layers import Role, draw_active_layers
-from megatron_scalebio.config import Config, ShapeConfig, load_config
+from megatron_scalebio.anatomy.storage import ALIGNMENT
+from megatron_scalebio.config import Config, ModelConfig, ShapeConfig
 from megatron_scalebio.mcore.models import MegatronModels
 from megatron_scalebio.mcore.process_groups import start_process_groups
 from megatron_scalebio.plan import memory, sizes
 from megatron_scalebio.plan.sizes import layer_parameters, model_parameters, rank_bytes
+from tests.configs import resolved
 from tests.distributed import run_distributed
 
 VOCAB_SIZE = 258
@@ -30,18 +34,19 @@ GEMMA_9B = ShapeConfig(42, 3584, 14_336, 16, 8, head_size=256, tied_embeddings=T
     ],
 )
 def test_parameters_equal_the_published_models(family, shape, vocab_size, parameters):
-    assert model_parameters(family, shape, vocab_size) == parameters
+    model = ModelConfig(family=family, shape=replace(shape, vocab_size=vocab_size))
+    assert model_parameters(model) == parameters
 
 
 @pytest.mark.parametrize("family, num_norms", [("qwen2", 2), ("llama3", 2), ("gemma2", 4)])
 def test_tensor_parallel_ranks_hold_a_layer_and_its_norms_again(family, num_norms):
-    shape = ShapeConfig(24, 896, 4864, 14, 2)
-    repeated = num_norms * shape.hidden_size
-    assert 2 * layer_parameters(family, shape, 2) == layer_parameters(family, shape) + repeated
+    model = ModelConfig(family=family, shape=ShapeConfig(24, 896, 4864, 14, 2))
+    repeated = num_norms * model.shape.hidden_size
+    assert 2 * layer_parameters(model, 2) == layer_parameters(model) + repeated
 
 
 def a_config(*overrides: str) -> Config:
-    return load_config(None, ["model.shape.num_layers=6", "model.shape.hidden_size=64", *overrides])
+    return resolved("model.shape.num_layers=6", "model.shape.hidden_size=64", *overrides, vocab_size=VOCAB_SIZE)
 
 
 def draws_of(config: Config, num_periods: int) -> list[dict[Role, list[int]]]:
@@ -53,7 +58,7 @@ def held_bytes(config: Config, num_periods: int) -> list[dict[str, int]]:
     """Bytes that the host's stores hold on this rank after each redraw."""
     torch.set_num_threads(1)
     groups = start_process_groups(config.parallel, torch.device("cpu"))
-    models = MegatronModels(config, groups, torch.device("cpu"), VOCAB_SIZE)
+    models = MegatronModels(config, groups, torch.device("cpu"))
     found = []
     for drawn in draws_of(config, num_periods):
         models.redraw(drawn)
@@ -97,12 +102,12 @@ def test_bytes_equal_what_the_host_holds_after_every_draw(overrides):
         for drawn, found in zip(draws_of(config, num_periods), records, strict=True):
             active = [drawn[role] for role in roles]
             thawed = [before | set(layers) for before, layers in zip(thawed, active, strict=True)]
-            parts = rank_bytes(config, VOCAB_SIZE, data_parallel, found["stage"], active, thawed)
+            parts = rank_bytes(config, data_parallel, found["stage"], active, thawed)
             assert parts["frozen weights"] + parts["active weights"] == found["weights"]
             assert parts["gradients"] + parts["masters"] + parts["moments"] == found["state"]
             assert parts["host masters"] == found["host masters"]
 
 
 def test_constants_that_are_written_down_twice_are_equal():
-    assert (sizes.FP8_BLOCK, sizes.ALIGNMENT) == (fp8.BLOCK, moments.BLOCK)
+    assert (sizes.FP8_BLOCK, ALIGNMENT) == (fp8.BLOCK, moments.BLOCK)
     assert memory.LOGITS_CHUNK == head_loss.TOKENS_PER_CHUNK["cuda"]

@@ -9,15 +9,17 @@ import pytest
 from rich.console import Console
 
 from megatron_scalebio.config import SourceConfig, UserError, config_sha256, load_config, write_config
+from megatron_scalebio.run_folder import check_output_dir
 from megatron_scalebio.show.console import RunConsole, duration
-from megatron_scalebio.show.metrics import MetricsWriter, check_output_dir, read_metrics, weights_summary
+from megatron_scalebio.show.metrics import MetricsWriter, read_metrics, weights_summary
+from tests.configs import resolved
 
 NUM_EXAMPLES = {"clean": 30, "noisy": 20}
 
 
 @pytest.fixture
 def config(tmp_path):
-    config = load_config(None, [f"run.output_dir={tmp_path / 'run'}", "bilevel.steps=8", "run.eval_every=20"])
+    config = resolved(f"run.output_dir={tmp_path / 'run'}", "bilevel.steps=8", "run.eval_every=20")
     config.data.sources = [SourceConfig(name, f"/data/{name}.jsonl") for name in NUM_EXAMPLES]
     return config
 

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from megatron_scalebio.config import load_config
 from megatron_scalebio.show.charts import BOTTOM, HEIGHT, LABEL_HEIGHT, LEFT, RIGHT, WIDTH, Line, line_chart, ticks
 from megatron_scalebio.show.metrics import MetricsWriter
 from megatron_scalebio.show.report import write_report
+from tests.configs import resolved
 
 REPOSITORY = Path(__file__).parents[2]
 NAMES = ("clean", "a <b> & 'c'", "noisy")
 
 
 def a_run(folder: Path, steps: int, **record) -> Path:
-    config = load_config(None, [f"run.output_dir={folder}", "optimizer.lr=0.125", f"bilevel.steps={steps}"])
+    config = resolved(f"run.output_dir={folder}", "optimizer.lr=0.125", f"bilevel.steps={steps}")
     with MetricsWriter(config, dict.fromkeys(NAMES, 1234), start_step=0, is_main_rank=True) as metrics:
         for step in range(1, steps + 1):
             weights = dict(zip(NAMES, (0.2 + 0.01 * step, 0.3, 0.5 - 0.01 * step), strict=True))

@@ -17,6 +17,7 @@ from megatron_scalebio.active_layers import Role
 from megatron_scalebio.config import load_config, write_config
 from megatron_scalebio.hf import adopt_checkpoint
 from megatron_scalebio.mcore.export import export_model
+from megatron_scalebio.run import Run
 from megatron_scalebio.trainer import Trainer
 from tests.distributed import run_distributed
 from tests.hf.tiny_models import CONFIGS, random_model
@@ -110,7 +111,7 @@ def trainer_for(source: Path, run: Path, *overrides: str) -> Trainer:
     settings = (*RUN, TP2, f"model.hf_path={source}", "data.tokenizer=bytes", f"run.output_dir={run}")
     config = load_config(None, [*settings, *overrides])
     adopt_checkpoint(config, {})
-    return Trainer(config, dataset())
+    return Trainer(Run(config, dataset()))
 
 
 def train(source: Path, run: Path, target: Path, *overrides: str) -> None:

@@ -7,10 +7,10 @@ else is refused by name, as it may change the mathematics.
 import json
 from typing import Any
 
-import torch
-
 from megatron_scalebio.config import ShapeConfig, UserError
-from megatron_scalebio.families import ROPE_SCALING
+
+# What config.json says of Llama-3.1's rope scaling.
+ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 # Fields that change nothing that training computes: tokens' numbers, limits, defaults of other programs.
 HARMLESS = (
@@ -177,15 +177,12 @@ class Fields:
             self.problems.append(f"{name}={_shown(value)}: must be {expected}")
 
 
-def common_config(
-    architecture: str, model_type: str, shape: ShapeConfig, vocab_size: int, dtype: torch.dtype
-) -> dict[str, Any]:
-    """The fields of every family. Token numbers are null, or loading would assume the family's own."""
+def common_config(shape: ShapeConfig) -> dict[str, Any]:
+    """What every family writes of a shape. Token numbers are null, or loading would assume the family's own; rope is in
+    the old spelling, which transformers 4 and 5 and vLLM read."""
+    scaling = {"rope_type": "llama3", **shape.rope_scaling} if shape.rope_scaling else None
     return {
-        "architectures": [architecture],
-        "model_type": model_type,
-        "torch_dtype": str(dtype).removeprefix("torch."),  # the spelling that old and new programs read
-        "vocab_size": vocab_size,
+        "vocab_size": shape.vocab_size,
         "hidden_size": shape.hidden_size,
         "intermediate_size": shape.ffn_hidden_size,
         "num_hidden_layers": shape.num_layers,
@@ -197,13 +194,9 @@ def common_config(
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,
+        "rope_theta": shape.rope_base,
+        "rope_scaling": scaling,
     }
-
-
-def rope_config(shape: ShapeConfig) -> dict[str, Any]:
-    """In the old spelling, which transformers 4 and 5 and vLLM read."""
-    scaling = {"rope_type": "llama3", **shape.rope_scaling} if shape.rope_scaling else None
-    return {"rope_theta": shape.rope_base, "rope_scaling": scaling}
 
 
 def harmless_names(own: tuple[str, ...]) -> set[str]:

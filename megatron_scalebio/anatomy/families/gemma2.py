@@ -1,32 +1,20 @@
-"""Gemma-2: names, and config.json both ways. A norm's weight w means 1 + w on both sides."""
+"""Gemma-2: norms behind attention and MLP, softcaps, a window in every other layer. A norm's weight w means 1 + w."""
 
 from dataclasses import replace
 from typing import Any
 
-import torch
-
+from megatron_scalebio.anatomy.decoder import LAYER, MLP_NORM, POST_ATTENTION_NORM, POST_MLP_NORM, kept_as, replaced
+from megatron_scalebio.anatomy.family import Family
+from megatron_scalebio.anatomy.fields import Fields
+from megatron_scalebio.anatomy.parameters import head_size
 from megatron_scalebio.config import ShapeConfig
-from megatron_scalebio.hf import llama3
-from megatron_scalebio.hf.fields import Fields, common_config, rope_config
-
-LAYER_NAMES = {
-    **llama3.LAYER_NAMES,
-    "self_attention.linear_proj.post_norm.weight": ("post_attention_layernorm.weight",),
-    "pre_mlp_layernorm.weight": ("pre_feedforward_layernorm.weight",),
-    "mlp.linear_fc2.post_norm.weight": ("post_feedforward_layernorm.weight",),
-}
-
-HARMLESS = ("cache_implementation",)
 
 ACTIVATION = "gelu_pytorch_tanh"
 
 
-def shape_from(config: dict[str, Any]) -> ShapeConfig:
-    """The shape that a config.json describes. Fields that it leaves out have the values of transformers' Gemma2Config.
-
-    Raises: UserError, naming every field that is missing, unknown, or set to what is not computed here.
-    """
-    fields = Fields(config, HARMLESS)
+def read(config: dict[str, Any]) -> ShapeConfig:
+    """Fields that it leaves out have the values of transformers' Gemma2Config."""
+    fields = Fields(config, FAMILY.harmless)
     fields.must_be("hidden_act", ACTIVATION)  # transformers reads hidden_activation alone; both say the same
     fields.must_be("hidden_activation", ACTIVATION)
     fields.must_be("attention_bias", False)
@@ -42,20 +30,16 @@ def shape_from(config: dict[str, Any]) -> ShapeConfig:
     fields.must_be("sliding_window_size", shape.sliding_window)  # the same once more, in the first files
     if fields.peek("layer_types") == ["full_attention"] * shape.num_layers:
         shape = replace(shape, sliding_window=None)
-    fields.must_be("layer_types", _layer_types(shape))
+    fields.must_be("layer_types", layer_types(shape))
     fields.refuse_the_rest()
     return shape
 
 
-def config_from(shape: ShapeConfig, vocab_size: int, dtype: torch.dtype) -> dict[str, Any]:
-    """A config.json that transformers loads. `vocab_size` counts no padding."""
-    head_size = shape.head_size or shape.hidden_size // shape.num_attention_heads
-    scalar = head_size if shape.query_pre_attn_scalar is None else shape.query_pre_attn_scalar
+def write(shape: ShapeConfig) -> dict[str, Any]:
+    scalar = head_size(shape) if shape.query_pre_attn_scalar is None else shape.query_pre_attn_scalar
     return {
-        **common_config("Gemma2ForCausalLM", "gemma2", shape, vocab_size, dtype),
-        **rope_config(shape),
         "max_position_embeddings": 8192,
-        "head_dim": head_size,
+        "head_dim": head_size(shape),
         "hidden_act": ACTIVATION,
         "hidden_activation": ACTIVATION,
         "attention_bias": False,
@@ -63,11 +47,33 @@ def config_from(shape: ShapeConfig, vocab_size: int, dtype: torch.dtype) -> dict
         "attn_logit_softcapping": shape.attention_softcap,
         "final_logit_softcapping": shape.final_softcap,
         "sliding_window": shape.sliding_window or 4096,  # transformers wants one even where no layer uses it
-        "layer_types": _layer_types(shape),
+        "layer_types": layer_types(shape),
     }
 
 
-def _layer_types(shape: ShapeConfig) -> list[str]:
+def layer_types(shape: ShapeConfig) -> list[str]:
     """Every other layer sees a window, from the first one on; no layer where there is no window."""
-    first = "full_attention" if shape.sliding_window is None else "sliding_attention"
-    return [first if layer % 2 == 0 else "full_attention" for layer in range(shape.num_layers)]
+    windowed = [FAMILY.has_window(shape, layer) for layer in range(shape.num_layers)]
+    return ["sliding_attention" if window else "full_attention" for window in windowed]
+
+
+FAMILY = Family(
+    name="gemma2",
+    members="Gemma 2",
+    model_type="gemma2",
+    architecture="Gemma2ForCausalLM",
+    layer=(
+        *replaced(LAYER, kept_as(MLP_NORM, "pre_feedforward_layernorm.weight")),
+        POST_ATTENTION_NORM,
+        POST_MLP_NORM,
+    ),
+    read=read,
+    write=write,
+    options=frozenset({"query_pre_attn_scalar", "attention_softcap", "final_softcap", "sliding_window"}),
+    activation="gelu_tanh",
+    zero_centered_norms=True,
+    scaled_embedding=True,
+    always_tied=True,
+    windowed_layers="even",
+    harmless=("cache_implementation",),
+)

@@ -1,0 +1,99 @@
+"""What of both models a checkpoint holds, and how it comes back (`checkpoint.Checkpointable`)."""
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch import Tensor
+
+from megatron_scalebio.active_layers import Role
+from megatron_scalebio.mcore.active_set import ActiveSet
+from megatron_scalebio.mcore.process_groups import ProcessGroups
+from megatron_scalebio.mcore.weight_store import WeightStore, data_parallel_shard, gather_weights
+
+
+class Persistence:
+    """The blocks of this rank's models, exact, and the optimizer state of those that train."""
+
+    def __init__(self, store: WeightStore, active_sets: dict[Role, ActiveSet], groups: ProcessGroups):
+        self.store, self.active_sets, self.groups = store, active_sets, groups
+
+    def state(self) -> dict:
+        """What a checkpoint must know before tensors are loaded: which blocks are still shared, which have a master on
+        the host, and Adam's counts. Of all stages, equal on every rank; every rank must call it."""
+        stages: list = [None] * self.groups.num_stages
+        dist.all_gather_object(stages, self._stage_state(), group=self.groups.pipeline)
+        return {
+            "shared": [name for stage in stages for name in stage["shared"]],
+            "host_masters": [entry for stage in stages for entry in stage["host_masters"]],
+            "num_updates": {
+                role: {name: count for stage in stages for name, count in stage["num_updates"][role].items()}
+                for role in stages[0]["num_updates"]
+            },
+        }
+
+    def _stage_state(self) -> dict:
+        return {
+            "shared": [name for name in self.store.blocks[Role.UPPER] if self.store.is_shared(name)],
+            "host_masters": [[role.value, name] for role, name in self.store.masters],
+            "num_updates": {
+                role.value: {name: active.num_updates for name, active in active_set.blocks.items()}
+                for role, active_set in self.active_sets.items()
+            },
+        }
+
+    def exact(self, role: Role, name: str) -> Tensor | None:
+        """This rank's data-parallel shard of a block, exact; None for one in FP8 that has never been active."""
+        active, block = self.active_sets[role].blocks.get(name), self.store.blocks[role][name]
+        if active is not None:
+            return active.master
+        if (role, name) in self.store.masters:
+            return self.store.masters[role, name]
+        return None if block.weights is None else block.weights[data_parallel_shard(block.numel, self.groups)]
+
+    def sharded_tensors(self) -> dict[str, ShardedTensor]:
+        """This rank's tensors for a checkpoint, by key: every block's exact weights, cut over data parallelism.
+
+        Blocks in FP8 that have never been active are left out: they are read from where they came from.
+        """
+        tensors = {}
+        for role, blocks in self.store.blocks.items():
+            for name in blocks:
+                shared, exact = self.store.is_shared(name), self.exact(role, name)
+                if exact is None or (shared and role is Role.UPPER):
+                    continue
+                key = f"{'shared' if shared else role.value}/{name}"
+                tensors[f"{key}/weights"] = exact
+                if (active := self.active_sets[role].blocks.get(name)) is not None:
+                    moments = {"exp_avg": active.exp_avg, "exp_avg_sq": active.exp_avg_sq}
+                    for moment, parts in moments.items():
+                        tensors |= {f"{key}/{moment}/{part}": tensor for part, tensor in parts.tensors().items()}
+        cut = (0, self.groups.data.rank(), self.groups.data.size())
+        return {
+            key: ShardedTensor.from_rank_offsets(f"{key}/tensor_rank_{self.groups.tensor_rank}", tensor, cut)
+            for key, tensor in tensors.items()
+        }
+
+    def prepare_to_load(self, state: dict) -> None:
+        """Bring blocks and optimizer state into the shape that a checkpoint's `state` describes."""
+        for role, blocks in self.store.blocks.items():
+            for name, block in blocks.items():
+                if name not in state["shared"]:
+                    self.store.own(role, name)
+                if [role.value, name] in state["host_masters"]:
+                    length = block.numel // self.groups.data.size()
+                    self.store.masters.put((role, name), torch.zeros(length, device=self.store.device))
+            for name, active in self.active_sets[role].blocks.items():
+                active.num_updates = state["num_updates"][role.value][name]
+
+    def load_tensors(self, loaded: dict[str, Tensor]) -> None:
+        """Copy a checkpoint's tensors in, then make each block what its exact weights say."""
+        for key, target in self.sharded_tensors().items():
+            target.data.copy_(loaded[key])
+        for role, blocks in self.store.blocks.items():
+            for name, block in blocks.items():
+                if (role, name) in self.store.masters:
+                    self.store.restore(role, name)
+                elif block.weights is not None and not (role is Role.UPPER and self.store.is_shared(name)):
+                    shard = data_parallel_shard(block.numel, self.groups)
+                    block.weights[shard] = self.exact(role, name)
+                    gather_weights(block.weights, shard, self.groups)

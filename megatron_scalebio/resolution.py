@@ -1,0 +1,78 @@
+"""The resolved configuration: no setting is null any more that a later part would have to derive."""
+
+from dataclasses import replace
+from typing import Any
+
+from megatron_scalebio.anatomy import FAMILIES, head_size
+from megatron_scalebio.config import Config, flatten, load_config
+
+# What a setting is where it is null.
+DERIVED = (
+    "model.shape.vocab_size",
+    "model.shape.head_size",
+    "model.shape.query_pre_attn_scalar",
+    "bilevel.validation_batch_size",
+    "optimizer.lr_lower",
+    "parallel.layers_per_stage",
+    "run.export_dtype",
+)
+
+# Which data and model a run reads and where it writes: no preset has a say in it.
+_OF_THE_RUN = ("data.sources", "data.validation", "data.test", "run.output_dir", "model.shape.vocab_size")
+
+
+def resolve(config: Config, vocab_size: int) -> Config:
+    """`config`, which `rules.check_config` accepts, with what is null and can be derived filled in.
+
+    Args:
+        vocab_size: of the tokenizer; counts where `model.shape.vocab_size` is null.
+    """
+    shape, bilevel, optimizer, parallel, run = (
+        *(config.model.shape, config.bilevel, config.optimizer, config.parallel, config.run),
+    )
+    size, scalar = head_size(shape), shape.query_pre_attn_scalar
+    if scalar is None and "query_pre_attn_scalar" in FAMILIES[config.model.family].options:
+        scalar = float(size)
+    stages = parallel.layers_per_stage or [shape.num_layers // parallel.pipeline] * parallel.pipeline
+    export_dtype = run.export_dtype or ("bf16" if config.precision.compute in ("bf16", "fp8") else "fp32")
+    shape = replace(shape, vocab_size=shape.vocab_size or vocab_size, head_size=size, query_pre_attn_scalar=scalar)
+    return replace(
+        config,
+        model=replace(config.model, shape=shape),
+        bilevel=replace(bilevel, validation_batch_size=bilevel.validation_batch_size or bilevel.global_batch_size),
+        optimizer=replace(optimizer, lr_lower=optimizer.lr if optimizer.lr_lower is None else optimizer.lr_lower),
+        parallel=replace(parallel, layers_per_stage=stages),
+        run=replace(run, export_dtype=export_dtype),
+    )
+
+
+def changed_from_preset(config: Config) -> dict[str, tuple[Any, Any]]:
+    """{key: (value under the preset alone, value)} for every setting of a resolved configuration that differs from the
+    run's preset; a derived one, that differs from what would be derived.
+
+    Which data and model a run reads and where it writes is left out.
+    """
+    plain = flatten(load_config(None, [f"bilevel.preset={config.bilevel.preset}"]))
+    plain |= {key: value for key, value in flatten(_derived_anew(config)).items() if key in DERIVED}
+    current = {key: value for key, value in flatten(config).items() if key not in _OF_THE_RUN}
+    if config.model.hf_path is not None:
+        current = {key: value for key, value in current.items() if not key.startswith("model.")}
+        current["model.implementation"] = config.model.implementation
+    return {key: (plain[key], value) for key, value in current.items() if plain[key] != value}
+
+
+def _derived_anew(config: Config) -> Config:
+    """What the configuration would be had none of `DERIVED` been given."""
+    pipeline, num_layers = config.parallel.pipeline, config.model.shape.num_layers
+    stages = config.parallel.layers_per_stage if num_layers % pipeline else None
+    return resolve(
+        replace(
+            config,
+            model=replace(config.model, shape=replace(config.model.shape, head_size=None, query_pre_attn_scalar=None)),
+            bilevel=replace(config.bilevel, validation_batch_size=None),
+            optimizer=replace(config.optimizer, lr_lower=None),
+            parallel=replace(config.parallel, layers_per_stage=stages),
+            run=replace(config.run, export_dtype=None),
+        ),
+        config.model.shape.vocab_size or 0,
+    )
