@@ -14,7 +14,7 @@ import psutil
 import pytest
 import yaml
 
-from megatron_scalebio import cli
+from megatron_scalebio import cli, launch
 from megatron_scalebio.config import UserError
 
 FAKES = """
@@ -151,10 +151,10 @@ def test_launch_checks_everything_before_it_starts_a_rank(start, tmp_path):
 def test_train_alone_is_a_world_of_one(monkeypatch):
     seen = []
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr(cli, "prepare", lambda args, world_size: seen.append((args.overrides, world_size)) or (1, 2))
+    monkeypatch.setattr("megatron_scalebio.run.open_run", lambda *given, **named: seen.append((given, named)) or "run")
     monkeypatch.setattr(cli, "_dry_run", lambda args, *arguments: seen.append(arguments) or 0)
     assert cli.main(["train", "--config", "x.yaml", "a=1", "--dry-run", "b=2"]) == 0
-    assert seen == [(["a=1", "b=2"], 1), (1, 2, 1)]
+    assert seen == [(("x.yaml", ["a=1", "b=2"]), {"world_size": 1, "dry": True}), ("run", 1)]
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_rank_zero_and_the_first_of_another_node_print_a_user_error(monkeypatch,
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("LOCAL_RANK", local_rank)
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
-    monkeypatch.setattr(cli.socket, "gethostname", lambda: "node2")
+    monkeypatch.setattr(launch.socket, "gethostname", lambda: "node2")
     monkeypatch.setattr(cli, "_train", refuse)
     assert cli.main(["train"]) == 2
     assert capsys.readouterr().err == printed
@@ -189,16 +189,16 @@ def test_malformed_command_gives_two(arguments):
 def test_slurm_step_names_rank_world_and_first_node(monkeypatch, nodes, first):
     slurm = {"STEP_NUM_TASKS": "4", "PROCID": "3", "LOCALID": "1", "STEP_NODELIST": nodes, "JOB_ID": "20007"}
     environment = {f"SLURM_{name}": value for name, value in slurm.items()}
-    monkeypatch.setattr(cli.os, "environ", environment)
-    cli._adopt_slurm_environment()
+    monkeypatch.setattr(launch.os, "environ", environment)
+    launch.adopt_slurm_environment()
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     assert [environment[name] for name in names] == ["3", "1", "4", first, "20007"]
 
 
 def test_script_of_a_slurm_job_outside_a_step_stays_one_process(monkeypatch):
     environment = {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_JOB_ID": "1"}
-    monkeypatch.setattr(cli.os, "environ", environment)
-    cli._adopt_slurm_environment()
+    monkeypatch.setattr(launch.os, "environ", environment)
+    launch.adopt_slurm_environment()
     assert "RANK" not in environment
 
 

@@ -80,8 +80,10 @@ class Fields:
         if given is not None and (given != value or isinstance(given, bool) != isinstance(value, bool)):
             self.problems.append(f"{name}={_shown(given)}: not supported, only {_shown(value)}")
 
-    def count(self, name: str, default: int | None = None) -> int:
-        """A positive integer; one without a default must be there."""
+    def count(self, name: str, default: int | None = None, nullable: bool = False) -> int | None:
+        """A positive integer; one without a default must be there. With `nullable`, an explicit null is None."""
+        if nullable and self._is_null(name):
+            return None
         value = self._value(name, default)
         if type(value) is not int or value < 1:
             self._mistake(name, value, "a positive integer")
@@ -90,8 +92,7 @@ class Fields:
 
     def number(self, name: str, default: float, nullable: bool = False) -> float | None:
         """A positive number; with `nullable`, an explicit null is None."""
-        if nullable and name in self.config and self.config[name] is None:
-            self._read.add(name)
+        if nullable and self._is_null(name):
             return None
         value = self._value(name, default)
         if type(value) not in (int, float) or not value > 0:
@@ -164,6 +165,10 @@ class Fields:
                 self._mistake(key, value, "a positive number")
                 return 1.0, None
         return float(base), rope or None
+
+    def _is_null(self, name: str) -> bool:
+        self._read.add(name)
+        return name in self.config and self.config[name] is None
 
     def _value(self, name: str, default: Any) -> Any:
         self._read.add(name)

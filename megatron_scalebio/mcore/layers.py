@@ -127,6 +127,8 @@ def native_block_spec(config: DecoderConfig) -> TransformerBlockSubmodules:
     attention.core_attention = partial(
         config.core_attention, row_length=config.row_length, softcap=config.attention_softcap
     )
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm  # of each head
     row, last = (PostNormLinear, PostNormLinear) if config.post_norms else (RowLinear, LastLinear)
     attention.linear_qkv, attention.linear_proj = ColumnLinear, row
     mlp = MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=last)

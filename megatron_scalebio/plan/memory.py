@@ -7,6 +7,7 @@ against the whole step on fake tensors (`mcore.rehearsal`). With T positions of 
     norms      their inputs [T, H], and one fp32 number per row
     attention  queries and keys after the rotation, their cosines and sines, the output of the qkv linear (values are a
                view of it), the attention's output, and one fp32 number per query and head
+               where each head is normed, the queries before that (keys are a view), and one number per head
     MLP        gate and up as one tensor [T, 2 F]
 
 and if it trains also the inputs of qkv and fc1, which are the norms' outputs, and of fc2. A layer that no gradient
@@ -58,7 +59,10 @@ def _sizes(config: Config) -> _Sizes:
     rotation = 4 * positions * head_size(shape) * number  # cosines and sines, for queries and for keys
     kept = (2 * query + key + features) * positions * number + 4 * heads * positions
     residual = scattered * shape.hidden_size * number
-    zero_centered = FAMILIES[config.model.family].zero_centered_norms
+    family = FAMILIES[config.model.family]
+    if family.head_norms:
+        kept += (query * number + 4 * (query + key) // head_size(shape)) * positions
+    zero_centered = family.zero_centered_norms
     return _Sizes(
         whole=positions * shape.hidden_size * number,
         residual=residual,

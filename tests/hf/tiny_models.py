@@ -6,7 +6,15 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedModel, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from megatron_scalebio.config import ModelConfig
 from megatron_scalebio.hf import read_shape
@@ -34,6 +42,10 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     ),
     "llama3-tied": lambda: LlamaConfig(**TINY, num_key_value_heads=8, tie_word_embeddings=True),
     "llama3-one-group": lambda: LlamaConfig(**{**TINY, "vocab_size": 128}, num_key_value_heads=1, head_dim=16),
+    "qwen3": lambda: Qwen3Config(**TINY, num_key_value_heads=4, head_dim=10, rope_theta=1e6),
+    "qwen3-tied": lambda: Qwen3Config(**TINY, num_key_value_heads=8, head_dim=6, tie_word_embeddings=True),
+    "mistral": lambda: MistralConfig(**TINY, num_key_value_heads=4, head_dim=10, sliding_window=None),
+    "mistral-window": lambda: MistralConfig(**TINY, num_key_value_heads=8, sliding_window=5),
     "gemma2": lambda: Gemma2Config(
         **TINY, num_key_value_heads=4, head_dim=16, query_pre_attn_scalar=20, sliding_window=5, pad_token_id=None
     ),

@@ -18,11 +18,21 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, PreTrainedConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 from transformers import modeling_rope_utils as rope_utils
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.llama import modeling_llama
+from transformers.models.mistral import modeling_mistral
 from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.qwen3 import modeling_qwen3
 
 from megatron_scalebio.active_layers import Role
 from megatron_scalebio.anatomy import padded_vocab_size
@@ -41,6 +51,7 @@ from tests.distributed import run_distributed
 from tests.mcore.runs import MAX_LENGTH, VOCAB_SIZE, Place, Shard, Shards, join, place_of, random_examples
 
 ALLOWED = 3.0
+MODELING = (modeling_gemma2, modeling_llama, modeling_mistral, modeling_qwen2, modeling_qwen3, rope_utils)
 WINDOW = 5
 HIDDEN, FFN, HEADS, GROUPS = 32, 48, 4, 2
 SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
@@ -70,6 +81,18 @@ THEIRS: dict[str, PreTrainedConfig] = {
         tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
     ),
+    "qwen3": Qwen3Config(
+        **COMMON,
+        num_hidden_layers=2,
+        head_dim=12,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    ),
+    "mistral": MistralConfig(
+        **COMMON,
+        num_hidden_layers=4,
+        sliding_window=WINDOW,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    ),
     "gemma2": Gemma2Config(
         **COMMON,
         num_hidden_layers=6,
@@ -91,6 +114,13 @@ OURS = {
     "llama3 tied": (
         *("model.family=llama3", "model.shape.num_layers=2", "model.shape.rope_base=1e4"),
         *("model.shape.head_size=12", "model.shape.tied_embeddings=true"),
+    ),
+    "qwen3": (
+        *("model.family=qwen3", "model.shape.num_layers=2", "model.shape.rope_base=1e4", "model.shape.head_size=12"),
+    ),
+    "mistral": (
+        *("model.family=mistral", "model.shape.num_layers=4", "model.shape.rope_base=1e4"),
+        f"model.shape.sliding_window={WINDOW}",
     ),
     "gemma2": (
         *("model.family=gemma2", "model.shape.num_layers=6", "model.shape.rope_base=1e4"),
@@ -165,7 +195,7 @@ class _WideTorch:
 def nothing_in_fp32() -> Iterator[None]:
     """transformers without its roundings to fp32."""
     with ExitStack() as patches:
-        for module in (modeling_gemma2, modeling_llama, modeling_qwen2, rope_utils):
+        for module in MODELING:
             patches.enter_context(mock.patch.object(module, "torch", _WideTorch()))
         patches.enter_context(mock.patch.object(Tensor, "float", Tensor.double))
         patches.callback(torch.set_default_dtype, torch.get_default_dtype())
@@ -205,6 +235,7 @@ NAMES = {
     "mlp.down_proj": "mlp.linear_fc2",
 }
 NORMS = {"post_attention_layernorm": "pre_mlp_layernorm"}
+HEAD_NORMS = {"self_attn.q_norm": "self_attention.q_layernorm", "self_attn.k_norm": "self_attention.k_layernorm"}
 GEMMA_NORMS = {
     "post_attention_layernorm": "self_attention.linear_proj.post_norm",
     "pre_feedforward_layernorm": "pre_mlp_layernorm",
@@ -225,7 +256,8 @@ def to_ours(theirs: Tensors, padding: float) -> Tensors:
     for layer in layers:
         part = {key.removeprefix(f"model.layers.{layer}."): value for key, value in theirs.items()}
         ours_of = f"decoder.layers.{layer}."
-        for key, name in {**NAMES, **(GEMMA_NORMS if gemma else NORMS)}.items():
+        head_norms = HEAD_NORMS if "self_attn.q_norm.weight" in part else {}
+        for key, name in {**NAMES, **(GEMMA_NORMS if gemma else NORMS), **head_norms}.items():
             ours[f"{ours_of}{name}.weight"] = part[f"{key}.weight"]
         ours[f"{ours_of}mlp.linear_fc1.weight"] = torch.cat([part["mlp.gate_proj.weight"], part["mlp.up_proj.weight"]])
         for kind in ("weight", "bias"):
