@@ -26,7 +26,7 @@ FLOORS = (
 
 # The same inside a folder, whose modules are told apart; `__init__` may import them all.
 INNER_FLOORS = {
-    "config": (("errors", "settings"), ("loading",)),
+    "config": (("errors", "likeness", "words"), ("declare",), ("settings",), ("unknown",), ("loading",)),
     "plan": (("sizes",), ("memory", "flops"), ("seconds",), ("planner",), ("search", "machine"), ("report",)),
     "show": (("charts", "console"), ("metrics",), ("report",)),
     "data": (("batch", "records", "tokenizers"), ("templates",), ("dataset",), ("packing",), ("sampler",)),

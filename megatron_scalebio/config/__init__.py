@@ -1,19 +1,21 @@
 """Settings: declared in `settings`, read and merged in `loading`."""
 
+from megatron_scalebio.config.declare import Setting
 from megatron_scalebio.config.errors import UserError
+from megatron_scalebio.config.likeness import nearest
 from megatron_scalebio.config.loading import (
     changed_from_preset,
     config_sha256,
     flatten,
     given_settings,
     load_config,
-    nearest,
     padded_vocab_size,
     to_dict,
     write_config,
 )
 from megatron_scalebio.config.settings import (
     PRESETS,
+    SETTINGS,
     BilevelConfig,
     Config,
     DataConfig,
@@ -29,6 +31,7 @@ from megatron_scalebio.config.settings import (
 
 __all__ = [
     "PRESETS",
+    "SETTINGS",
     "BilevelConfig",
     "Config",
     "DataConfig",
@@ -38,6 +41,7 @@ __all__ = [
     "ParallelConfig",
     "PrecisionConfig",
     "RunConfig",
+    "Setting",
     "ShapeConfig",
     "SourceConfig",
     "UserError",
