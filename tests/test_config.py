@@ -7,6 +7,7 @@ import pytest
 
 from megatron_scalebio.config import (
     PRESETS,
+    SETTINGS,
     Config,
     UserError,
     changed_from_preset,
@@ -73,6 +74,17 @@ def test_command_line_beats_file_beats_preset_beats_defaults(load):
 def test_preset_of_the_command_line_does_not_override_the_file(load):
     config = load("bilevel.preset=paper", yaml=VALID + "lisa: {pairing: shared}\n")
     assert (config.lisa.pairing, config.bilevel.penalty_alpha) == ("shared", 100.0)
+
+
+def test_every_default_and_preset_is_what_its_setting_allows():
+    problems = [setting.problem(setting.default) for setting in DECLARED if setting.key not in PRESETS["default"]]
+    problems += [SETTINGS[key].problem(value) for preset in PRESETS.values() for key, value in preset.items()]
+    assert not any(problems) and all(setting.doc for setting in DECLARED)
+
+
+def test_defaults_are_not_shared_between_configurations(load):
+    load().lisa.always_active.clear()
+    assert load().lisa.always_active == ["embedding", "final_norm", "head"]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -150,6 +162,8 @@ def test_unknown_key_of_a_source_is_refused(load):
         ("bilevel.penalty_alpha=high", 'bilevel.penalty_alpha must be a number or null, got "high"'),
         ("data.packing=3.5", "data.packing must be true or false, got 3.5"),
         ("optimizer.betas=[a]", 'optimizer.betas must be a list of numbers, got ["a"]'),
+        ("lisa.always_active=head", 'lisa.always_active must be a list of texts, got "head"'),
+        ("parallel.layers_per_stage=4", "parallel.layers_per_stage must be a list of integers or null, got 4"),
         ("data.sources=clean.jsonl", 'data.sources must be a list of {name, path}, got "clean.jsonl"'),
         ("data.sources=[{path: a}]", 'data.sources[0] has no name: {"path": '),
         ("model=qwen2", 'model is a section with family, hf_path, shape, implementation; got "qwen2"'),
@@ -356,6 +370,10 @@ def test_transformer_engine_must_be_there_when_asked_for(load, monkeypatch):
 
 def test_fixed_mode_needs_no_validation(load):
     check(load("bilevel.mode=fixed", "data.validation=null"))
+
+
+def test_natural_sampling_may_have_fewer_examples_per_step_than_sources(load):
+    check(load("data.sampling=natural", "bilevel.global_batch_size=1"))
 
 
 @pytest.mark.parametrize("vocab_size, padded", [(1, 128), (128, 128), (258, 384), (151_646, 151_680)])

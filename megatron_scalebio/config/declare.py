@@ -108,4 +108,4 @@ def _type_words(kind: Any) -> str:
             return f"a list of {{{', '.join(entry.name for entry in dataclasses.fields(item))}}}"
         return f"a list of {'integers' if item is int else 'numbers' if item is float else 'texts'}"
     words = {int: "an integer", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
-    return words.get(kind, "anything")
+    return words.get(kind, "a mapping or null")  # Any

@@ -175,9 +175,9 @@ def _leaves(tree: dict[str, Any], schema: type, prefix: str, where: str, problem
             if isinstance(value, dict):
                 settings += _leaves(value, kind, f"{key}.", where, problems)
             else:
-                names = ", ".join(item.name for item in dataclasses.fields(kind))
-                hint = f"; {NO_SPACE}" if ":" in str(value) else ""
-                problems.append(f"{where}: {key} is a section with {names}; got {_shown(value)}{hint}")
+                names = [item.name for item in dataclasses.fields(kind)]
+                hint = f"; {NO_SPACE}" if str(value).partition(":")[0] in names else ""
+                problems.append(f"{where}: {key} is a section with {', '.join(names)}; got {_shown(value)}{hint}")
         elif key == "data.sources" and (surplus := _unknown_source_keys(value)):
             problems += [f"{where}: {message}" for message in surplus]
         else:
@@ -202,8 +202,7 @@ def _absolute(setting: _Given, folder: Path) -> Any:
         return str((folder / Path(value).expanduser()).resolve()) if is_path else value
 
     def resolve_source(source: dict[str, Any]) -> dict[str, Any]:
-        known = source.keys() & SOURCE_SETTINGS.keys()
-        return source | {name: resolve(source[name], SOURCE_SETTINGS[name]) for name in known}
+        return {name: resolve(value, SOURCE_SETTINGS[name]) for name, value in source.items()}
 
     if setting.key == "data.sources" and isinstance(setting.value, list):
         return [resolve_source(source) if isinstance(source, dict) else source for source in setting.value]

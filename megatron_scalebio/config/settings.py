@@ -76,13 +76,15 @@ class ModelConfig:
         None, "a Hugging Face checkpoint folder, whose shape then counts; null: random weights", path=True
     )
     shape: ShapeConfig = section(ShapeConfig)
-    implementation: str = setting("auto", "of the layers; auto: native", choices=("auto", "native", "te"))
+    implementation: str = setting(
+        "auto", "of the layers; auto: native; te: Transformer Engine's", choices=("auto", "native", "te")
+    )
 
 
 @dataclass
 class SourceConfig:
-    name: str = setting("???", "a word of your own for the source")
-    path: str = setting("???", "a JSON or JSON Lines file of records", path=True)
+    name: str = setting("???", "a name of your own")
+    path: str = setting("???", "a JSON or JSON Lines file", path=True)
 
 
 @dataclass
@@ -101,16 +103,22 @@ class DataConfig:
         path=True,
         words=("auto", "plain", "alpaca"),
     )
-    sources: list[SourceConfig] = setting([], "the files whose weights are learned, {name, path} each")
-    validation: str | None = setting(None, "drives the weights: what the model should become good at", path=True)
+    sources: list[SourceConfig] = setting([], "what is weighed: a name of your own and a JSON or JSON Lines file each")
+    validation: str | None = setting(
+        None, "drives the weights: what the model should become good at; needed unless bilevel.mode=fixed", path=True
+    )
     test: str | None = setting(None, "only ever reported; null: none", path=True)
     max_length: int = setting(1024, "tokens of one example, and positions of one row", at_least(2))
-    over_length: str = setting("truncate", "of longer examples", choices=("truncate", "drop", "error"))
+    over_length: str = setting(
+        "truncate",
+        "what becomes of longer examples; truncate: cut, without an end of turn",
+        choices=("truncate", "drop", "error"),
+    )
     packing: bool = setting(True, "several examples in one row, none of which sees another")
     micro_batch_size: int = setting(1, "rows of max_length positions", at_least(1))
     sampling: str | None = setting(
         None,
-        "stratified: equal shares of the sources in every batch; natural: as many as their files have",
+        "stratified: equal shares of the sources in every batch; natural: in proportion to their records",
         choices=("stratified", "natural"),
     )
     response_loss_only: bool = setting(True, "false: prompts carry loss, too")
@@ -124,7 +132,7 @@ class BilevelConfig:
     mode: str = setting(
         "bilevel", "fixed: one model is trained with the weights given, none are learned", choices=("bilevel", "fixed")
     )
-    steps: int = setting(200, "of training", at_least(1))
+    steps: int = setting(200, "training steps", at_least(1))
     global_batch_size: int = setting(128, "training examples per step", at_least(1))
     validation_batch_size: int | None = setting(
         None, "validation examples per step; null: global_batch_size", at_least(1)
@@ -186,7 +194,7 @@ class OptimizerConfig:
     betas: list[float] = setting([0.9, 0.999], "decay of the first and second moment", BETAS)
     eps: float = setting(1.0e-8, "is added to the root of the second moment", POSITIVE)
     schedule: str = setting("cosine", "of lr and lr_lower, after the warm-up", choices=("cosine", "constant"))
-    warmup: float = setting(0.03, "share of bilevel.steps", SHARE)
+    warmup: float = setting(0.03, "linear, of lr and lr_lower", SHARE)
     moments: str | None = setting(
         None,
         "how Adam's moments are stored; null: as the masters, fp32; fp8: with block scales",

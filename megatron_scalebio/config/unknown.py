@@ -13,12 +13,7 @@ LIKE = 1.3  # a guess must be this like the word: bilevel.penalty_alpha is like 
 
 def unknown(key: str, value: Any) -> list[str]:
     """The messages for a key that is no setting; for one of a section, of what stands in it where that says more."""
-    name = bare(key)
-    if isinstance(value, dict) and name not in ABSENT and likeness(key, nearest(key, SECTIONS)) < LIKE:
-        # torchtune's `_component_` stands in every section of its own and says nothing about this one.
-        if inner := [word for word in map(str, value) if not word.startswith("_") and _hint(f"{key}.{word}")]:
-            return [message for word in inner for message in unknown(f"{key}.{word}", value[word])]
-    return [f"unknown setting {key} ({_hint(key) or 'docs/settings.md lists them all'})"]
+    return _hinted(key, value) or [f"unknown setting {key} (docs/settings.md lists them all)"]
 
 
 def unknown_of_source(key: str, names: list[str]) -> str:
@@ -42,9 +37,15 @@ def glued(value: Any, key: str = "") -> str | None:
     return None
 
 
-def _hint(key: str) -> str | None:
-    """What the word is here or what to do instead, else a setting that is like it, else None."""
-    name, candidate = bare(key), nearest(key, [*SECTIONS, *SETTINGS])
-    if name in ABSENT or name in HERE:
-        return ABSENT.get(name) or HERE[name]
-    return f"nearest: {candidate}" if likeness(key, candidate) >= LIKE else None
+def _hinted(key: str, value: Any) -> list[str]:
+    """The messages that say what a word is here, what to do instead, or which setting is like it; may be none."""
+    level = [section for section in SECTIONS if section.count(".") == key.count(".")]
+    name, candidate = bare(key), nearest(key, [*level, *SETTINGS])
+    if isinstance(value, dict) and name not in ABSENT and likeness(key, nearest(key, SECTIONS)) < LIKE:
+        # torchtune's `_component_` stands in every section of its own and says nothing about this one.
+        inner = [(f"{key}.{word}", item) for word, item in value.items() if not str(word).startswith("_")]
+        if messages := [message for pair in inner for message in _hinted(*pair)]:
+            return messages
+    like = f"nearest: {candidate}" if likeness(key, candidate) >= LIKE else None
+    hint = ABSENT.get(name) or HERE.get(name) or like
+    return [f"unknown setting {key} ({hint})"] if hint else []

@@ -30,7 +30,8 @@ _HERE = {
     "optimizer.betas": "adam_beta1 adam_beta2 beta1 beta2",
     "optimizer.eps": "adam_epsilon epsilon",
     "optimizer.clip_grad": "max_grad_norm clip_grad_norm gradient_clipping grad_clip gradient_clip_val",
-    "precision.compute=bf16": "bf16 fp16 dtype torch_dtype mixed_precision pure_bf16",
+    "precision.compute": "dtype torch_dtype mixed_precision",
+    "precision.compute=bf16": "bf16 fp16 pure_bf16",
     "precision.compute=fp8": "fp8",
     "precision.frozen_weights=fp8": "load_in_8bit quantization_bit",
     "parallel.tensor": "tensor_model_parallel_size tensor_parallel_size tp tp_size tensor_parallel_dim",
@@ -55,8 +56,8 @@ _ABSENT = {
     " use_peft finetuning_type use_dora lora_modules_to_save lora_attn_modules use_rslora peft_config",
     "there is no 4-bit training: precision.frozen_weights=fp8 saves the most": "load_in_4bit quantization"
     " quantization_config bnb_4bit_quant_type quantization_method",
-    "there is no sharding of this kind: parallel.tensor and parallel.pipeline cut the model": "deepspeed fsdp fsdp_config fsdp_version zero_stage zero_optimization memory_efficient_fsdp_wrap"
-    " fsdp_cpu_offload",
+    "there is no ZeRO or FSDP: parallel.tensor and parallel.pipeline cut the model": "deepspeed fsdp fsdp_config"
+    " fsdp_version zero_stage zero_optimization memory_efficient_fsdp_wrap fsdp_cpu_offload",
     "there is no context parallelism": "context_parallel_size cp_size context_parallel_dim",
     "metrics.jsonl in run.output_dir has every number of every step; there is no other writer yet": "report_to wandb"
     " use_wandb wandb_project wandb_entity wandb_name wandb_watch wandb_log_model wandb_run_id use_tensorboard"
