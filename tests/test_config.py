@@ -82,9 +82,15 @@ def test_every_default_and_preset_is_what_its_setting_allows():
     assert not any(problems) and all(setting.doc for setting in DECLARED)
 
 
-def test_defaults_are_not_shared_between_configurations(load):
-    load().lisa.always_active.clear()
-    assert load().lisa.always_active == ["embedding", "final_norm", "head"]
+def test_defaults_are_not_shared_between_configurations():
+    Config().lisa.always_active.clear()
+    assert Config().lisa.always_active == ["embedding", "final_norm", "head"]
+
+
+@pytest.mark.parametrize("override", ["data.tokenizer=bytes", "data.template=plain", "data.template=auto"])
+def test_a_word_where_a_path_may_stand_is_no_path(load, override):
+    key, _, word = override.partition("=")
+    assert flatten(load(override))[key] == word
 
 
 @pytest.mark.parametrize("preset", PRESETS)
