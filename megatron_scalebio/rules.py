@@ -1,91 +1,27 @@
-"""Every rule a configuration must obey that needs neither a GPU nor the data; see `check_config`."""
+"""The rules between settings, those that need neither a GPU nor the data; see `check_config`.
+
+What a setting allows by itself is declared beside it, in `config.settings`.
+"""
 
 import importlib.util
 import math
+from dataclasses import replace
 from typing import Any
 
 from megatron_scalebio.anatomy import FAMILIES, head_size
-from megatron_scalebio.anatomy.decoder import OUTER_BLOCKS
 from megatron_scalebio.anatomy.fields import ROPE_SCALING
-from megatron_scalebio.config import Config, UserError, flatten, nearest
+from megatron_scalebio.config import SETTINGS, Config, Setting, UserError, flatten
 
-CHOICES: dict[str, tuple[Any, ...]] = {
-    "model.family": tuple(FAMILIES),
-    "model.implementation": ("auto", "native", "te"),
-    "data.over_length": ("truncate", "drop", "error"),
-    "data.sampling": ("stratified", "natural"),
-    "bilevel.mode": ("bilevel", "fixed"),
-    "bilevel.train_loss_unit": ("example", "token"),
-    "bilevel.validation_loss_unit": ("token", "example"),
-    "bilevel.logits_optimizer": ("adamw", "exponentiated_gradient", "sgd"),
-    "bilevel.logits_schedule": ("constant", "cosine"),
-    "lisa.pairing": ("shared", "independent"),
-    "optimizer.schedule": ("cosine", "constant"),
-    "precision.compute": ("fp64", "fp32", "bf16", "fp8"),
-    "precision.frozen_weights": (None, "bf16", "fp8"),
-    "precision.frozen_inputs": ("compute", "fp8"),
-    "precision.fp8_recipe": ("blockwise", "tensorwise"),
-    "optimizer.moments": (None, "bf16", "fp8"),
-    "parallel.recompute": ("none", "selective", "full"),
-    "run.resume": ("never", "auto"),
-    "run.export_dtype": (None, "bf16", "fp32"),
-    "run.device": ("auto", "cpu", "cuda"),
-}
-
-# Smallest allowed value; None is allowed where the field's default is None or its comment gives None a meaning.
-AT_LEAST: dict[str, int] = {
-    **dict.fromkeys(
-        (
-            "model.shape.num_layers",
-            "model.shape.hidden_size",
-            "model.shape.ffn_hidden_size",
-            "model.shape.num_attention_heads",
-            "model.shape.num_query_groups",
-            "model.shape.vocab_size",
-            "model.shape.head_size",
-            "model.shape.sliding_window",
-            "data.micro_batch_size",
-            "bilevel.steps",
-            "bilevel.global_batch_size",
-            "bilevel.validation_batch_size",
-            "lisa.num_active_layers",
-            "lisa.period",
-            "parallel.tensor",
-            "parallel.pipeline",
-        ),
-        1,
-    ),
-    "data.max_length": 2,
-    "run.save_every": 0,
-    "run.eval_every": 0,
-    "run.seed": 0,
-}
-
-POSITIVE = (
-    "model.shape.rope_base",
-    "model.shape.norm_epsilon",
-    "model.shape.query_pre_attn_scalar",
-    "model.shape.attention_softcap",
-    "model.shape.final_softcap",
-    "bilevel.penalty_alpha",
-    "bilevel.penalty_growth",
-    "optimizer.clip_grad",
-    "optimizer.eps",
-    "run.export_shard_gb",
-)
-
-NOT_NEGATIVE = (
-    "bilevel.logits_lr",
-    "bilevel.logits_weight_decay",
-    "bilevel.floor",
-    "optimizer.lr",
-    "optimizer.lr_lower",
-    "optimizer.weight_decay",
-    "optimizer.warmup",
-)
+# Choices that stand elsewhere, so that a new one touches no setting.
+FOUND: dict[str, tuple[Any, ...]] = {"model.family": tuple(FAMILIES)}
 
 # Settings of model.shape that not every family has a formula for.
 FAMILY_OPTIONS = ("query_pre_attn_scalar", "attention_softcap", "final_softcap", "sliding_window", "rope_scaling")
+
+
+def declared_settings() -> dict[str, Setting]:
+    """{"section.key": declaration} of every setting, its choices complete."""
+    return SETTINGS | {key: replace(SETTINGS[key], choices=choices) for key, choices in FOUND.items()}
 
 
 def check_config(config: Config, world_size: int, vocab_size: int | None) -> None:
@@ -94,48 +30,16 @@ def check_config(config: Config, world_size: int, vocab_size: int | None) -> Non
     Raises:
         UserError: every rule that is broken, each on its line with the values and the keys to change.
     """
-    problems = _values(config)
+    values = flatten(config)
+    problems = [found for key, setting in declared_settings().items() if (found := setting.problem(values[key]))]
     if not problems:  # the rules below divide by these values
         model = [*_shape(config, vocab_size), *_family(config), *_always_active(config)]
         problems = [
-            *(*model, *_precision(config), *_layout(config, world_size)),
+            *(*model, *_last_alpha(config), *_precision(config), *_layout(config, world_size)),
             *(*_sources(config), *_installed(config)),
         ]
     if problems:
         raise UserError("\n".join(problems))
-
-
-def _values(config: Config) -> list[str]:
-    """Each setting by itself: choices and ranges."""
-    flat = flatten(config)
-    problems = []
-    for key, allowed in CHOICES.items():
-        value = flat[key]
-        if value not in allowed:
-            words = [_text(choice) for choice in allowed]
-            problems.append(f"{key}={value}: must be one of {', '.join(words)} (nearest: {nearest(str(value), words)})")
-    if config.parallel.virtual_pipeline is not None:
-        problems.append("parallel.virtual_pipeline: virtual stages are not supported; remove it")
-    for key, smallest in AT_LEAST.items():
-        if flat[key] is not None and flat[key] < smallest:
-            problems.append(f"{key}={flat[key]}: must be at least {smallest}")
-    for key in POSITIVE:
-        if flat[key] is not None and not (0 < flat[key] < math.inf):
-            problems.append(f"{key}={flat[key]}: must be positive and finite")
-    for key in NOT_NEGATIVE:
-        if flat[key] is not None and not (0 <= flat[key] < math.inf):
-            problems.append(f"{key}={flat[key]}: must be zero or more, and finite")
-    if config.optimizer.warmup >= 1:
-        problems.append(f"optimizer.warmup={config.optimizer.warmup}: is a share of bilevel.steps, below 1")
-    if not problems:
-        problems += _last_alpha(config)
-    compute = config.precision.compute
-    if config.optimizer.moments is not None and compute == "fp64":
-        problems.append(f"optimizer.moments={config.optimizer.moments}: precision.compute=fp64 keeps them in fp64")
-    betas = config.optimizer.betas
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        problems.append(f"optimizer.betas={betas}: must be two numbers from 0 up to, not including, 1")
-    return problems
 
 
 def _last_alpha(config: Config) -> list[str]:
@@ -233,6 +137,8 @@ def _layout(config: Config, world_size: int) -> list[str]:
             problems.append(f"parallel.tensor={tensor} must divide model.shape.{name}={getattr(shape, name)}")
     if 128 % tensor:
         problems.append(f"parallel.tensor={tensor} must divide 128, the multiple that the vocabulary is padded to")
+    if parallel.virtual_pipeline is not None:
+        problems.append("parallel.virtual_pipeline: virtual stages are not supported; remove it")
     problems += _stages(shape.num_layers, pipeline, parallel.layers_per_stage)
     if world_size % (tensor * pipeline):
         problems.append(
@@ -274,12 +180,15 @@ def _precision(config: Config) -> list[str]:
         problems.append("precision.frozen_weights=fp8 with precision.compute=fp64: FP8's products are fp32 at most")
     if frozen != "fp8" and config.precision.frozen_inputs == "fp8":
         problems.append(
-            f"precision.frozen_inputs=fp8 with precision.frozen_weights={_text(frozen)}: it needs FP8 weights; set"
+            f"precision.frozen_inputs=fp8 with precision.frozen_weights={frozen or 'null'}: it needs FP8 weights; set"
             " precision.frozen_weights=fp8"
         )
     if compute != "fp8" and config.precision.fp8_recipe != "blockwise":
         recipe = config.precision.fp8_recipe
         problems.append(f"precision.fp8_recipe={recipe} with precision.compute={compute}: it is for compute=fp8 alone")
+    moments = config.optimizer.moments
+    if moments is not None and compute == "fp64":
+        problems.append(f"optimizer.moments={moments}: precision.compute=fp64 keeps them in fp64")
     independent = config.bilevel.mode == "bilevel" and config.lisa.pairing == "independent" and config.lisa.enabled
     for key in [key for key in ("frozen_weights", "compute") if getattr(config.precision, key) == "fp8"]:
         if config.model.implementation == "te":
@@ -316,11 +225,8 @@ def _fp8_products(config: Config) -> list[str]:
 
 
 def _always_active(config: Config) -> list[str]:
-    blocks, names = config.lisa.always_active, tuple(OUTER_BLOCKS)
+    blocks = config.lisa.always_active
     named = f"lisa.always_active={blocks}"
-    if unknown := [block for block in blocks if block not in names]:
-        known = nearest(str(unknown[0]), names)
-        return [f"{named}: must be some of {', '.join(names)}; not {unknown[0]} (nearest: {known})"]
     if len(set(blocks)) != len(blocks):
         return [f"{named}: names a block twice"]
     if config.model.shape.tied_embeddings and ("embedding" in blocks) != ("head" in blocks):
@@ -386,7 +292,3 @@ def _installed(config: Config) -> list[str]:
     if config.model.implementation == "te" and importlib.util.find_spec("transformer_engine") is None:
         problems.append("model.implementation=te needs Transformer Engine, which is not installed; use native or auto")
     return problems
-
-
-def _text(choice: Any) -> str:
-    return "null" if choice is None else str(choice)

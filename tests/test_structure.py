@@ -27,7 +27,7 @@ FLOORS = (
 # The same inside a folder, whose modules are told apart; `__init__` may import them all.
 INNER_FLOORS = {
     "anatomy": (("parameters", "storage", "fields"), ("decoder", "tensors"), ("family",), ("families",)),
-    "config": (("errors", "settings"), ("loading",)),
+    "config": (("errors", "likeness", "words"), ("declare",), ("settings",), ("unknown",), ("loading",)),
     "hf": (("checkpoint",), ("export", "mapping", "model_config")),
     "plan": (("sizes",), ("memory", "flops"), ("seconds",), ("planner",), ("search", "machine"), ("report",)),
     "show": (("charts", "console"), ("metrics",), ("report",)),

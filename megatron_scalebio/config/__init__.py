@@ -1,17 +1,19 @@
 """Settings: declared in `settings`, read and merged in `loading`."""
 
+from megatron_scalebio.config.declare import Setting
 from megatron_scalebio.config.errors import UserError
+from megatron_scalebio.config.likeness import nearest
 from megatron_scalebio.config.loading import (
     config_sha256,
     flatten,
     given_settings,
     load_config,
-    nearest,
     to_dict,
     write_config,
 )
 from megatron_scalebio.config.settings import (
     PRESETS,
+    SETTINGS,
     BilevelConfig,
     Config,
     DataConfig,
@@ -27,6 +29,7 @@ from megatron_scalebio.config.settings import (
 
 __all__ = [
     "PRESETS",
+    "SETTINGS",
     "BilevelConfig",
     "Config",
     "DataConfig",
@@ -36,6 +39,7 @@ __all__ = [
     "ParallelConfig",
     "PrecisionConfig",
     "RunConfig",
+    "Setting",
     "ShapeConfig",
     "SourceConfig",
     "UserError",

@@ -3,8 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import typing
-from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,21 +10,13 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from megatron_scalebio.config.declare import Setting
 from megatron_scalebio.config.errors import UserError
-from megatron_scalebio.config.settings import PRESETS, Config, SourceConfig
-
-# Settings that name a file or folder, and the words among their values that do not.
-_PATHS: dict[str, tuple[str, ...]] = {
-    "model.hf_path": (),
-    "data.tokenizer": ("bytes",),
-    "data.template": ("auto", "plain", "alpaca"),
-    "data.validation": (),
-    "data.test": (),
-    "bilevel.weights": (),
-}
+from megatron_scalebio.config.settings import PRESETS, SETTINGS, SOURCE_SETTINGS, Config
+from megatron_scalebio.config.unknown import NO_SPACE, glued, unknown, unknown_of_source
 
 
-class _Setting(NamedTuple):
+class _Given(NamedTuple):
     key: str  # "section.name"
     value: Any
     where: str  # the file's path, or "command line"
@@ -48,13 +38,9 @@ def load_config(path: str | None, overrides: list[str]) -> Config:
         _apply(tree, setting, problems)
     if problems:
         raise UserError("\n".join(problems))
-    preset = PRESETS.get(tree.bilevel.preset)
-    if preset is None:
-        raise UserError(
-            f"bilevel.preset={tree.bilevel.preset}: must be one of {', '.join(PRESETS)}"
-            f" (nearest: {nearest(tree.bilevel.preset, PRESETS)})"
-        )
-    for key, value in preset.items():
+    if problem := SETTINGS["bilevel.preset"].problem(tree.bilevel.preset):
+        raise UserError(problem)
+    for key, value in PRESETS[tree.bilevel.preset].items():
         if OmegaConf.select(tree, key) is None:
             OmegaConf.update(tree, key, value)
     config: Config = OmegaConf.to_object(tree)
@@ -69,16 +55,6 @@ def load_config(path: str | None, overrides: list[str]) -> Config:
 def given_settings(path: str | None, overrides: list[str]) -> dict[str, Any]:
     """{"section.key": value} of what `load_config` was given, defaults and preset left out."""
     return {setting.key: setting.value for setting in _settings(path, overrides, [])}
-
-
-def nearest(word: str, known: typing.Iterable[str]) -> str:
-    """The known word most like `word`; of dotted keys the last part counts as much as the whole."""
-
-    def likeness(candidate: str) -> float:
-        pairs = (word, candidate), (word.rpartition(".")[2], candidate.rpartition(".")[2])
-        return sum(SequenceMatcher(None, a.lower(), b.lower()).ratio() for a, b in pairs)
-
-    return max(known, key=likeness)
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -110,7 +86,7 @@ def write_config(config: Config, path: Path) -> None:
     path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def _settings(path: str | None, overrides: list[str], problems: list[str]) -> list[_Setting]:
+def _settings(path: str | None, overrides: list[str], problems: list[str]) -> list[_Given]:
     """The file's settings, then the command line's."""
     settings = _file_settings(Path(path), problems) if path is not None else []
     for override in overrides:
@@ -118,7 +94,7 @@ def _settings(path: str | None, overrides: list[str], problems: list[str]) -> li
     return settings
 
 
-def _file_settings(path: Path, problems: list[str]) -> list[_Setting]:
+def _file_settings(path: Path, problems: list[str]) -> list[_Given]:
     try:
         tree = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except OSError as error:
@@ -126,16 +102,24 @@ def _file_settings(path: Path, problems: list[str]) -> list[_Setting]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UserError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+        raise UserError(f"{where}: not valid YAML: {_yaml_problem(error)}") from error
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections such as model, data, bilevel; got {_shown(tree)}")
+    if found := glued(tree):
+        problems.append(f"{path}: {found}")
+        return []
     settings = _leaves(tree, Config, "", str(path), problems)
     return [setting._replace(value=_absolute(setting, path.absolute().parent)) for setting in settings]
 
 
-def _override_settings(override: str, problems: list[str]) -> list[_Setting]:
+def _yaml_problem(error: Exception) -> str:
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    return f"{problem}; {NO_SPACE}" if problem == "found unexpected ':'" else problem
+
+
+def _override_settings(override: str, problems: list[str]) -> list[_Given]:
     where = "command line"
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -144,87 +128,78 @@ def _override_settings(override: str, problems: list[str]) -> list[_Setting]:
     try:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=True)["value"]
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        problems.append(f"{where}: {override!r}: {str(error).splitlines()[0]}")
+        problems.append(f"{where}: {override!r}: {_yaml_problem(error)}")
         return []
     tree: Any = value
     for part in reversed(key.split(".")):
         tree = {part: tree}
+    if found := glued(tree):
+        problems.append(f"{where}: {found}")
+        return []
     settings = _leaves(tree, Config, "", where, problems)
     return [setting._replace(value=_absolute(setting, Path.cwd())) for setting in settings]
 
 
-def _leaves(tree: dict[str, Any], schema: type, prefix: str, where: str, problems: list[str]) -> list[_Setting]:
+def _leaves(tree: dict[str, Any], schema: type, prefix: str, where: str, problems: list[str]) -> list[_Given]:
     """Flattens `tree` along the schema, noting every unknown key and every section that is not one."""
-    kinds = typing.get_type_hints(schema)
-    settings: list[_Setting] = []
+    kinds = {item.name: item.type for item in dataclasses.fields(schema)}
+    settings: list[_Given] = []
     for name, value in tree.items():
         key, kind = f"{prefix}{name}", kinds.get(name)
         if kind is None:
-            known = nearest(key, [*flatten(Config()), *(f"{prefix}{name}" for name in kinds)])
-            problems.append(f"{where}: unknown setting {key} (nearest: {known})")
+            problems += [f"{where}: {message}" for message in unknown(key, value)]
         elif dataclasses.is_dataclass(kind):
             if isinstance(value, dict):
                 settings += _leaves(value, kind, f"{key}.", where, problems)
             else:
-                names = ", ".join(typing.get_type_hints(kind))
-                problems.append(f"{where}: {key} is a section with {names}; got {_shown(value)}")
+                names = [item.name for item in dataclasses.fields(kind)]
+                hint = f"; {NO_SPACE}" if str(value).partition(":")[0] in names else ""
+                problems.append(f"{where}: {key} is a section with {', '.join(names)}; got {_shown(value)}{hint}")
+        elif key == "data.sources" and (surplus := _unknown_source_keys(value)):
+            problems += [f"{where}: {message}" for message in surplus]
         else:
-            if key == "data.sources":
-                _check_source_keys(value, where, problems)
-            settings.append(_Setting(key, value, where))
+            settings.append(_Given(key, value, where))
     return settings
 
 
-def _check_source_keys(sources: Any, where: str, problems: list[str]) -> None:
-    names = list(typing.get_type_hints(SourceConfig))
-    for index, source in enumerate(sources if isinstance(sources, list) else []):
-        for name in source if isinstance(source, dict) else []:
-            if name not in names:
-                known = nearest(str(name), names)
-                problems.append(f"{where}: unknown setting data.sources[{index}].{name} (nearest: {known})")
+def _unknown_source_keys(sources: Any) -> list[str]:
+    return [
+        unknown_of_source(f"data.sources[{index}].{name}", list(SOURCE_SETTINGS))
+        for index, source in enumerate(sources if isinstance(sources, list) else [])
+        for name in (source if isinstance(source, dict) else [])
+        if name not in SOURCE_SETTINGS
+    ]
 
 
-def _absolute(setting: _Setting, folder: Path) -> Any:
+def _absolute(setting: _Given, folder: Path) -> Any:
     """The setting's value with its paths made absolute: relative ones are taken from `folder`."""
 
-    def resolve(value: Any) -> Any:
-        return str((folder / Path(value).expanduser()).resolve()) if isinstance(value, str) and value else value
+    def resolve(value: Any, declaration: Setting) -> Any:
+        is_path = declaration.path and isinstance(value, str) and value and value not in declaration.words
+        return str((folder / Path(value).expanduser()).resolve()) if is_path else value
+
+    def resolve_source(source: dict[str, Any]) -> dict[str, Any]:
+        return {name: resolve(value, SOURCE_SETTINGS[name]) for name, value in source.items()}
 
     if setting.key == "data.sources" and isinstance(setting.value, list):
-        return [
-            {**source, "path": resolve(source["path"])} if isinstance(source, dict) and "path" in source else source
-            for source in setting.value
-        ]
-    if setting.key not in _PATHS or setting.value in _PATHS[setting.key]:
-        return setting.value
-    return resolve(setting.value)
+        return [resolve_source(source) if isinstance(source, dict) else source for source in setting.value]
+    return resolve(setting.value, SETTINGS[setting.key])
 
 
-def _apply(tree: DictConfig, setting: _Setting, problems: list[str]) -> None:
+def _apply(tree: DictConfig, setting: _Given, problems: list[str]) -> None:
     try:
         # A merge replaces a list, too, and makes its mappings SourceConfig; a mapping it would only add to.
         OmegaConf.update(tree, setting.key, setting.value, merge=setting.key == "data.sources")
     except (OmegaConfBaseException, ValueError):
-        problems.append(f"{setting.where}: {setting.key} must be {_expected(setting.key)}, got {_shown(setting.value)}")
+        problems.append(
+            f"{setting.where}: {setting.key} must be {SETTINGS[setting.key].expected}, got {_shown(setting.value)}"
+        )
         return
     if setting.key == "data.sources":
         for index, source in enumerate(setting.value):
             for name in ("name", "path"):
                 if name not in source:
                     problems.append(f"{setting.where}: data.sources[{index}] has no {name}: {_shown(source)}")
-
-
-def _expected(key: str) -> str:
-    if key == "data.sources":
-        return "a list of {name, path}"
-    kind: Any = Config
-    for part in key.split("."):
-        kind = typing.get_type_hints(kind)[part]
-    kinds = typing.get_args(kind) or (kind,)
-    words = {int: "an integer", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
-    if typing.get_origin(kind) is list:
-        return "a list of numbers"
-    return " or ".join(words.get(kind, str(kind)) for kind in kinds)
 
 
 def _shown(value: Any) -> str:

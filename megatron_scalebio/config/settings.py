@@ -1,147 +1,13 @@
-"""Every setting, declared once.
+"""Every setting, declared once: its type, default, choices or range, and what it means. docs/settings.md is made of it.
 
 Precedence: defaults < preset < file < command line. A field whose default is None is filled by the preset
-(`PRESETS`) or derived from another setting, as its comment says. `rules.check_config` holds the rules.
+(`PRESETS`) or derived from another setting, as its text says. `rules.check_config` holds the rules between settings.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-
-@dataclass
-class ShapeConfig:
-    num_layers: int = 4
-    hidden_size: int = 128
-    ffn_hidden_size: int = 384
-    num_attention_heads: int = 4
-    num_query_groups: int = 2
-    vocab_size: int | None = None  # None: the tokenizer's
-    rope_base: float = 1_000_000.0
-    norm_epsilon: float = 1e-6
-    tied_embeddings: bool = False
-    head_size: int | None = None  # None: hidden_size / num_attention_heads
-    rope_scaling: Any = None  # Llama-3.1's: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
-    query_pre_attn_scalar: float | None = None  # attention scores are divided by its square root; None: head_size
-    attention_softcap: float | None = None  # c in c * tanh(scores / c)
-    final_softcap: float | None = None  # c in c * tanh(logits / c)
-    sliding_window: int | None = None  # tokens that every other layer sees, from the first layer on; None: all
-
-
-@dataclass
-class ModelConfig:
-    family: str = "qwen2"  # qwen2 (2 and 2.5) | llama3 (and 2, 3.1, 3.2) | gemma2
-    hf_path: str | None = None  # a Hugging Face checkpoint folder, whose shape then counts; None: random weights
-    shape: ShapeConfig = field(default_factory=ShapeConfig)
-    implementation: str = "auto"  # auto (native) | native | te
-
-
-@dataclass
-class SourceConfig:
-    name: str = "???"
-    path: str = "???"
-
-
-@dataclass
-class DataConfig:
-    tokenizer: str | None = None  # a Hugging Face folder, a SentencePiece .model, or "bytes"; None: model.hf_path's
-    template: str = "auto"  # auto: the tokenizer's chat template, else plain | plain | alpaca | FILE.jinja
-    sources: list[SourceConfig] = field(default_factory=list)
-    validation: str | None = None  # drives the weights
-    test: str | None = None  # only ever reported
-    max_length: int = 1024  # tokens of one example, and positions of one row
-    over_length: str = "truncate"  # truncate | drop | error
-    packing: bool = True
-    micro_batch_size: int = 1  # rows of max_length positions
-    sampling: str | None = None  # preset: stratified | natural
-    response_loss_only: bool = True
-
-
-@dataclass
-class BilevelConfig:
-    preset: str = "default"  # default | paper
-    mode: str = "bilevel"  # bilevel | fixed
-    steps: int = 200
-    global_batch_size: int = 128  # training examples per step
-    validation_batch_size: int | None = None  # None: global_batch_size
-    penalty_alpha: float | None = None  # preset
-    penalty_growth: float = 1.0  # penalty_alpha *= penalty_growth after each step
-    train_loss_unit: str = "example"  # example: mean over examples of the mean over tokens | token: mean over tokens
-    validation_loss_unit: str = "token"  # token | example
-    logits_optimizer: str | None = None  # preset: adamw | exponentiated_gradient | sgd
-    logits_lr: float | None = None  # preset
-    logits_schedule: str | None = None  # preset: constant | cosine
-    logits_weight_decay: float | None = None  # preset; adamw only
-    weights: Any = None  # start: a weights.json or a mapping {name: weight}; None: prior, else uniform
-    floor: float = 0.0  # smallest weight of a source: p = floor + (1 - K * floor) * softmax(logits)
-    prior: Any = None  # mapping {name: weight}: p = softmax(logits + log prior); None: uniform
-
-
-@dataclass
-class LisaConfig:
-    enabled: bool = True
-    num_active_layers: int = 2  # gamma
-    period: int = 20  # steps between draws
-    pairing: str | None = None  # preset: shared (one stratified draw for both models) | independent
-    # What trains beside the layers drawn; a tied embedding and head go together. Left out, a block stays frozen.
-    always_active: list[str] = field(default_factory=lambda: ["embedding", "final_norm", "head"])
-
-
-@dataclass
-class OptimizerConfig:
-    lr: float = 2.0e-6  # both models
-    lr_lower: float | None = None  # None: lr
-    weight_decay: float = 5.0e-4  # matrices only: norms and biases are never decayed
-    clip_grad: float | None = 1.0  # global norm of each model at clip_grad * penalty_alpha; None: no clip
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    eps: float = 1.0e-8
-    schedule: str = "cosine"  # cosine | constant
-    warmup: float = 0.03  # share of bilevel.steps
-    moments: str | None = None  # how Adam's moments are stored: None (as the masters, fp32) | bf16 | fp8 (block scales)
-
-
-@dataclass
-class PrecisionConfig:
-    compute: str = "bf16"  # fp64 (CPU, for parity) | fp32 | bf16 | fp8
-    frozen_weights: str | None = None  # None: as compute (bf16 under fp8) | bf16 | fp8: linears of frozen layers
-    frozen_inputs: str = "compute"  # of products with fp8 weights: compute (as precision.compute) | fp8 (rounded, too)
-    fp8_recipe: str = "blockwise"  # of compute=fp8: blockwise | tensorwise
-
-
-@dataclass
-class ParallelConfig:
-    tensor: int = 1
-    pipeline: int = 1
-    virtual_pipeline: int | None = None  # virtual stages per stage; refused: not supported
-    layers_per_stage: list[int] | None = None  # decoder layers of each pipeline stage; None: equal numbers
-    sequence: bool = False
-    recompute: str = "none"  # activations computed again in the backward pass: none | selective (the MLPs) | full
-    fused_pipeline: bool = True  # one flush for all micro-batches of both models; False: three flushes
-
-
-@dataclass
-class RunConfig:
-    output_dir: str = "runs/demo"
-    seed: int = 1
-    save_every: int = 50  # steps; 0: only at the end
-    eval_every: int = 25  # steps; 0: only at the end
-    resume: str = "never"  # never | auto
-    device: str = "auto"  # auto | cpu | cuda
-    export: bool = True  # the upper model as a Hugging Face checkpoint in output_dir/hf, at the end
-    export_dtype: str | None = None  # bf16 | fp32; None: as precision.compute
-    export_shard_gb: float = 5.0  # largest file of the export, in 10^9 bytes
-
-
-@dataclass
-class Config:
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    bilevel: BilevelConfig = field(default_factory=BilevelConfig)
-    lisa: LisaConfig = field(default_factory=LisaConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    run: RunConfig = field(default_factory=RunConfig)
-
+from megatron_scalebio.config.declare import NOT_NEGATIVE, POSITIVE, Range, at_least, declared, section, setting
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {
@@ -165,3 +31,240 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lisa.pairing": "independent",
     },
 }
+
+BETAS = Range(
+    "two numbers from 0 up to, not including, 1",
+    lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
+)
+SHARE = Range("a share of bilevel.steps, from 0 up to, not including, 1", lambda value: 0 <= value < 1)
+
+
+@dataclass
+class ShapeConfig:
+    """The model's sizes. With `model.hf_path` they are the checkpoint's; without, of a model from random weights."""
+
+    num_layers: int = setting(4, "decoder layers", at_least(1))
+    hidden_size: int = setting(128, "numbers per token between layers", at_least(1))
+    ffn_hidden_size: int = setting(384, "numbers per token inside an MLP", at_least(1))
+    num_attention_heads: int = setting(4, "heads of the queries", at_least(1))
+    num_query_groups: int = setting(2, "heads of the keys and of the values", at_least(1))
+    vocab_size: int | None = setting(None, "null: the tokenizer's", at_least(1))
+    rope_base: float = setting(1_000_000.0, "of the rotary embeddings' wavelengths", POSITIVE)
+    norm_epsilon: float = setting(1e-6, "is added to the mean square that an RMSNorm divides by", POSITIVE)
+    tied_embeddings: bool = setting(False, "the embedding is the head, too")
+    head_size: int | None = setting(None, "null: hidden_size / num_attention_heads", at_least(1))
+    rope_scaling: Any = setting(
+        None, "Llama-3.1's: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings; null: none"
+    )
+    query_pre_attn_scalar: float | None = setting(
+        None, "attention scores are divided by its square root; null: head_size", POSITIVE
+    )
+    attention_softcap: float | None = setting(None, "c in c * tanh(scores / c); null: none", POSITIVE)
+    final_softcap: float | None = setting(None, "c in c * tanh(logits / c); null: none", POSITIVE)
+    sliding_window: int | None = setting(
+        None, "tokens that every other layer sees, from the first layer on; null: all", at_least(1)
+    )
+
+
+@dataclass
+class ModelConfig:
+    """Which model."""
+
+    # Its choices are the families that there are; `rules.declared_settings` adds them.
+    family: str = setting("qwen2", "qwen2 is Qwen-2 and 2.5; llama3 is Llama-2, 3, 3.1 and 3.2, too")
+    hf_path: str | None = setting(
+        None, "a Hugging Face checkpoint folder, whose shape then counts; null: random weights", path=True
+    )
+    shape: ShapeConfig = section(ShapeConfig)
+    implementation: str = setting(
+        "auto", "of the layers; auto: native; te: Transformer Engine's", choices=("auto", "native", "te")
+    )
+
+
+@dataclass
+class SourceConfig:
+    name: str = setting("???", "a name of your own")
+    path: str = setting("???", "a JSON or JSON Lines file", path=True)
+
+
+@dataclass
+class DataConfig:
+    """What the model is trained on, and how it is read."""
+
+    tokenizer: str | None = setting(
+        None,
+        'a Hugging Face folder, a SentencePiece .model, or "bytes"; null: model.hf_path\'s, else bytes',
+        path=True,
+        words=("bytes",),
+    )
+    template: str = setting(
+        "auto",
+        "auto: the tokenizer's chat template, else plain; plain; alpaca; or FILE.jinja",
+        path=True,
+        words=("auto", "plain", "alpaca"),
+    )
+    sources: list[SourceConfig] = setting([], "what is weighed: a name of your own and a JSON or JSON Lines file each")
+    validation: str | None = setting(
+        None, "drives the weights: what the model should become good at; needed unless bilevel.mode=fixed", path=True
+    )
+    test: str | None = setting(None, "only ever reported; null: none", path=True)
+    max_length: int = setting(1024, "tokens of one example, and positions of one row", at_least(2))
+    over_length: str = setting(
+        "truncate",
+        "what becomes of longer examples; truncate: cut, without an end of turn",
+        choices=("truncate", "drop", "error"),
+    )
+    packing: bool = setting(True, "several examples in one row, none of which sees another")
+    micro_batch_size: int = setting(1, "rows of max_length positions", at_least(1))
+    sampling: str | None = setting(
+        None,
+        "stratified: equal shares of the sources in every batch; natural: in proportion to their records",
+        choices=("stratified", "natural"),
+    )
+    response_loss_only: bool = setting(True, "false: prompts carry loss, too")
+
+
+@dataclass
+class BilevelConfig:
+    """How the weights of the sources are learned."""
+
+    preset: str = setting("default", "fills what is left null", choices=tuple(PRESETS))
+    mode: str = setting(
+        "bilevel", "fixed: one model is trained with the weights given, none are learned", choices=("bilevel", "fixed")
+    )
+    steps: int = setting(200, "training steps", at_least(1))
+    global_batch_size: int = setting(128, "training examples per step", at_least(1))
+    validation_batch_size: int | None = setting(
+        None, "validation examples per step; null: global_batch_size", at_least(1)
+    )
+    penalty_alpha: float | None = setting(
+        None, "how much the training losses count beside the validation loss", POSITIVE
+    )
+    penalty_growth: float = setting(1.0, "penalty_alpha *= penalty_growth after each step", POSITIVE)
+    train_loss_unit: str = setting(
+        "example",
+        "example: mean over examples of the mean over tokens; token: mean over tokens",
+        choices=("example", "token"),
+    )
+    validation_loss_unit: str = setting("token", "as train_loss_unit", choices=("token", "example"))
+    logits_optimizer: str | None = setting(
+        None, "what moves the logits of the weights", choices=("adamw", "exponentiated_gradient", "sgd")
+    )
+    logits_lr: float | None = setting(None, "its learning rate", NOT_NEGATIVE)
+    logits_schedule: str | None = setting(None, "of logits_lr", choices=("constant", "cosine"))
+    logits_weight_decay: float | None = setting(None, "adamw only", NOT_NEGATIVE)
+    weights: Any = setting(
+        None, "start: a weights.json or a mapping {name: weight}; null: prior, else uniform", path=True
+    )
+    floor: float = setting(
+        0.0, "smallest weight of a source: p = floor + (1 - K * floor) * softmax(logits)", NOT_NEGATIVE
+    )
+    prior: Any = setting(None, "mapping {name: weight}: p = softmax(logits + log prior); null: uniform")
+
+
+@dataclass
+class LisaConfig:
+    """Which layers train at a time (LISA)."""
+
+    enabled: bool = setting(True, "false: every layer trains in every step")
+    num_active_layers: int = setting(2, "decoder layers that train at a time (gamma)", at_least(1))
+    period: int = setting(20, "steps between draws", at_least(1))
+    pairing: str | None = setting(
+        None,
+        "shared: one stratified draw for both models; independent: one for each",
+        choices=("shared", "independent"),
+    )
+    always_active: list[str] = setting(
+        ["embedding", "final_norm", "head"],
+        "what trains beside the layers drawn; a tied embedding and head go together; left out, a block stays frozen",
+        choices=("embedding", "final_norm", "head"),
+    )
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW of both models."""
+
+    lr: float = setting(2.0e-6, "both models", NOT_NEGATIVE)
+    lr_lower: float | None = setting(None, "null: lr", NOT_NEGATIVE)
+    weight_decay: float = setting(5.0e-4, "matrices only: norms and biases are never decayed", NOT_NEGATIVE)
+    clip_grad: float | None = setting(
+        1.0, "global norm of each model at clip_grad * penalty_alpha; null: no clip", POSITIVE
+    )
+    betas: list[float] = setting([0.9, 0.999], "decay of the first and second moment", BETAS)
+    eps: float = setting(1.0e-8, "is added to the root of the second moment", POSITIVE)
+    schedule: str = setting("cosine", "of lr and lr_lower, after the warm-up", choices=("cosine", "constant"))
+    warmup: float = setting(0.03, "linear, of lr and lr_lower", SHARE)
+    moments: str | None = setting(
+        None,
+        "how Adam's moments are stored; null: as the masters, fp32; fp8: with block scales",
+        choices=(None, "bf16", "fp8"),
+    )
+
+
+@dataclass
+class PrecisionConfig:
+    """What is computed and stored in how many bits."""
+
+    compute: str = setting(
+        "bf16", "fp64 is for the CPU, for parity; fp8 for a GPU", choices=("fp64", "fp32", "bf16", "fp8")
+    )
+    frozen_weights: str | None = setting(
+        None, "of linears of frozen layers; null: as compute (bf16 under fp8)", choices=(None, "bf16", "fp8")
+    )
+    frozen_inputs: str = setting(
+        "compute",
+        "of products with fp8 weights; compute: as precision.compute; fp8: rounded, too",
+        choices=("compute", "fp8"),
+    )
+    fp8_recipe: str = setting("blockwise", "of compute=fp8", choices=("blockwise", "tensorwise"))
+
+
+@dataclass
+class ParallelConfig:
+    """How the ranks share the work; what tensor and pipeline leave over is data parallelism."""
+
+    tensor: int = setting(1, "ranks that share each layer", at_least(1))
+    pipeline: int = setting(1, "stages of layers", at_least(1))
+    virtual_pipeline: int | None = setting(None, "virtual stages per stage; refused: not supported")
+    layers_per_stage: list[int] | None = setting(None, "decoder layers of each pipeline stage; null: equal numbers")
+    sequence: bool = setting(False, "norms and residuals are cut along the sequence over the tensor ranks, too")
+    recompute: str = setting(
+        "none",
+        "activations computed again in the backward pass; selective: the MLPs; full: whole layers",
+        choices=("none", "selective", "full"),
+    )
+    fused_pipeline: bool = setting(True, "one flush for all micro-batches of both models; false: three flushes")
+
+
+@dataclass
+class RunConfig:
+    """Where a run writes, how often, and on what it runs."""
+
+    output_dir: str = setting("runs/demo", "a folder, relative to the working directory even in a file")
+    seed: int = setting(1, "of the draws of data, layers and random weights", at_least(0))
+    save_every: int = setting(50, "steps; 0: only at the end", at_least(0))
+    eval_every: int = setting(25, "steps; 0: only at the end", at_least(0))
+    resume: str = setting("never", "auto: continue from the newest checkpoint in output_dir", choices=("never", "auto"))
+    device: str = setting("auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"))
+    export: bool = setting(True, "the upper model as a Hugging Face checkpoint in output_dir/hf, at the end")
+    export_dtype: str | None = setting(
+        None, "null: as precision.compute (bf16 under fp8, fp32 under fp64)", choices=(None, "bf16", "fp32")
+    )
+    export_shard_gb: float = setting(5.0, "largest file of the export, in 10^9 bytes", POSITIVE)
+
+
+@dataclass
+class Config:
+    model: ModelConfig = section(ModelConfig)
+    data: DataConfig = section(DataConfig)
+    bilevel: BilevelConfig = section(BilevelConfig)
+    lisa: LisaConfig = section(LisaConfig)
+    optimizer: OptimizerConfig = section(OptimizerConfig)
+    precision: PrecisionConfig = section(PrecisionConfig)
+    parallel: ParallelConfig = section(ParallelConfig)
+    run: RunConfig = section(RunConfig)
+
+
+SETTINGS = declared(Config)
+SOURCE_SETTINGS = declared(SourceConfig)

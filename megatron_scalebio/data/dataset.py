@@ -64,19 +64,19 @@ def load_dataset(config: Config, tokenizer: Tokenizer | None = None) -> Dataset:
 
     One file may serve several sources: a source is its name. With bilevel.mode=fixed the validation file is not read.
 
+    Args:
+        config: one that `rules.check_config` accepts.
+
     Raises:
-        UserError: a setting, file or record breaks a rule; the message names it.
+        UserError: a file or record breaks a rule; the message names it.
     """
     data = config.data
     files = [(f"data.sources[{i}].path ({source.name})", source.path) for i, source in enumerate(data.sources)]
     source_names = [source.name for source in data.sources]
     if config.bilevel.mode == "bilevel":
-        if data.validation is None:
-            raise UserError("data.validation is not set: bilevel.mode=bilevel learns the weights from it")
         files.append(("data.validation", data.validation))
     if data.test is not None:
         files.append(("data.test", data.test))
-    _check_sources(source_names)
     missing = [f"{key}: {problem}" for key, path in files if (problem := path_problem(path))]
     raise_problems("data names files that cannot be read", missing)
 
@@ -96,14 +96,6 @@ def load_dataset(config: Config, tokenizer: Tokenizer | None = None) -> Dataset:
         else:
             dataset.test = examples
     return dataset
-
-
-def _check_sources(names: list[str]) -> None:
-    if not names:
-        raise UserError("data.sources is empty: name at least one {name, path}")
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise UserError(f"data.sources: names must differ, but these come more than once: {', '.join(repeated)}")
 
 
 class _Reader:

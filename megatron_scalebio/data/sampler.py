@@ -9,29 +9,19 @@ from functools import lru_cache
 
 import numpy as np
 
-from megatron_scalebio.config import Config, UserError
+from megatron_scalebio.config import Config
 from megatron_scalebio.data.batch import MicroBatch, StepBatch
 from megatron_scalebio.data.dataset import Dataset, Example
 from megatron_scalebio.data.packing import build_micro_batch, plan_microbatches
 
 
 class Sampler:
-    """The batches of one data-parallel rank.
-
-    Raises:
-        UserError: stratified sampling with more sources than examples per step.
-    """
+    """The batches of one data-parallel rank, for a configuration that `rules.check_config` accepts."""
 
     def __init__(self, dataset: Dataset, config: Config, data_parallel_rank: int, data_parallel_size: int) -> None:
-        num_sources, batch_size = len(dataset.train), config.bilevel.global_batch_size
-        if config.data.sampling == "stratified" and num_sources > batch_size:
-            raise UserError(
-                f"bilevel.global_batch_size={batch_size} is less than the {num_sources} sources, but "
-                "data.sampling=stratified needs an example of each in every batch: raise it, or sample naturally"
-            )
         self._dataset = dataset
         self._data = config.data
-        self._batch_size = batch_size
+        self._batch_size = config.bilevel.global_batch_size
         self._validation_batch_size = config.bilevel.validation_batch_size
         self._rank, self._size = data_parallel_rank, data_parallel_size
         seed = config.run.seed

@@ -11,12 +11,12 @@ from dataclasses import replace
 from itertools import product
 from typing import NamedTuple
 
-from megatron_scalebio.config import Config, UserError
+from megatron_scalebio.config import SETTINGS, Config, UserError
 from megatron_scalebio.plan.memory import saved_layer_bytes
 from megatron_scalebio.plan.planner import Draws, Plan, draws_of, micro_batch_work
 from megatron_scalebio.plan.seconds import Device, StageLoad, stage_seconds
 from megatron_scalebio.plan.sizes import frozen_layer_bytes, stage_layers
-from megatron_scalebio.rules import CHOICES, check_config
+from megatron_scalebio.rules import check_config
 
 MOST_POSITIONS = 65_536  # of one micro-batch
 SAME_TIME = 0.01
@@ -52,7 +52,7 @@ def search_layouts(config: Config, world_size: int, memory: int, device: Device)
 
 
 def _order(plan: Plan) -> tuple[int, int, float]:
-    rounding = CHOICES["optimizer.moments"].index(plan.config.optimizer.moments)
+    rounding = SETTINGS["optimizer.moments"].choices.index(plan.config.optimizer.moments)
     rounding += plan.config.precision.frozen_weights == "fp8"
     return round(math.log(plan.time.seconds) / SAME_TIME), rounding, plan.time.seconds
 
@@ -60,7 +60,7 @@ def _order(plan: Plan) -> tuple[int, int, float]:
 def _candidates(config: Config, world_size: int) -> Iterator[Config]:
     """Layouts that the rules accept, with equal stages and no recomputation; smaller micro-batches come first."""
     num_layers = config.model.shape.num_layers
-    rounds = config.precision.compute in ("bf16", "fp8") and "fp8" in CHOICES["precision.frozen_weights"]
+    rounds = config.precision.compute in ("bf16", "fp8")
     frozen_choices = (None, "fp8") if rounds else (config.precision.frozen_weights,)
     for tensor, pipeline in product((1, 2, 4, 8), range(1, min(world_size, num_layers) + 1)):
         if world_size % (tensor * pipeline):
@@ -99,8 +99,8 @@ def _is_allowed(config: Config, world_size: int) -> bool:
 
 def _least_recomputed(candidate: Config, given: _Given) -> Plan | None:
     """The best plan that fits. Moments that round more are tried only for what they save in recomputation."""
-    plans, allowed = [], [choice for choice in ("none", "selective", "full") if choice in CHOICES["parallel.recompute"]]
-    for moments in CHOICES["optimizer.moments"]:
+    plans, allowed = [], list(SETTINGS["parallel.recompute"].choices)
+    for moments in SETTINGS["optimizer.moments"].choices:
         if moments is not None and candidate.precision.compute == "fp64":
             continue
         for index, recompute in enumerate(allowed):
