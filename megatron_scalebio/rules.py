@@ -12,16 +12,21 @@ from megatron_scalebio.anatomy import FAMILIES, head_size
 from megatron_scalebio.anatomy.fields import ROPE_SCALING
 from megatron_scalebio.config import SETTINGS, Config, Setting, UserError, flatten
 
-# Choices that stand elsewhere, so that a new one touches no setting.
-FOUND: dict[str, tuple[Any, ...]] = {"model.family": tuple(FAMILIES)}
+# What is declared elsewhere, so that a new family touches no setting.
+FOUND: dict[str, dict[str, Any]] = {
+    "model.family": {
+        "choices": tuple(FAMILIES),
+        "doc": "; ".join(f"{family.name}: {family.members}" for family in FAMILIES.values()),
+    },
+}
 
 # Settings of model.shape that not every family has a formula for.
 FAMILY_OPTIONS = ("query_pre_attn_scalar", "attention_softcap", "final_softcap", "sliding_window", "rope_scaling")
 
 
 def declared_settings() -> dict[str, Setting]:
-    """{"section.key": declaration} of every setting, its choices complete."""
-    return SETTINGS | {key: replace(SETTINGS[key], choices=choices) for key, choices in FOUND.items()}
+    """{"section.key": declaration} of every setting, with what is declared elsewhere."""
+    return SETTINGS | {key: replace(SETTINGS[key], **found) for key, found in FOUND.items()}
 
 
 def check_config(config: Config, world_size: int, vocab_size: int | None) -> None:

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+import megatron_scalebio
+
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = "megatron_scalebio"
+PUBLIC = megatron_scalebio._HOMES  # names of the package itself, and the modules that they come from
 
 # Low to high; a unit imports from lower floors and from itself. A unit is a module or a folder of the package.
 FLOORS = (
@@ -105,7 +108,9 @@ def unit_of_import(name: str) -> str | None:
     first, *rest = name.split(".")
     if first in ("tools", "examples"):
         return first
-    return (rest[0] if rest else "__init__") if first == PACKAGE else None
+    if first != PACKAGE:
+        return None
+    return PUBLIC.get(rest[0], rest[0]).split(".")[0] if rest else "__init__"
 
 
 def floor_of(unit: str, floors: tuple[tuple[str, ...], ...] = FLOORS) -> int | None:

@@ -71,7 +71,7 @@ class ModelConfig:
     """Which model."""
 
     # Its choices are the families that there are; `rules.declared_settings` adds them.
-    family: str = setting("qwen2", "qwen2 is Qwen-2 and 2.5; llama3 is Llama-2, 3, 3.1 and 3.2, too")
+    family: str = setting("qwen2", "a file of anatomy/families")
     hf_path: str | None = setting(
         None, "a Hugging Face checkpoint folder, whose shape then counts; null: random weights", path=True
     )

@@ -46,6 +46,29 @@ GEMMA2 = {
     "transformers_version": "4.42.0.dev0", "use_cache": True, "vocab_size": 256000,
 }  # fmt: skip
 
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 151643,
+    "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+    "intermediate_size": 12288, "max_position_embeddings": 40960, "max_window_layers": 36, "model_type": "qwen3",
+    "num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8, "rms_norm_eps": 1e-06,
+    "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False,
+    "vocab_size": 151936,
+}  # fmt: skip
+SMALL_QWEN3 = {
+    "hidden_size": 1024, "intermediate_size": 3072, "max_window_layers": 28, "num_attention_heads": 16,
+    "num_hidden_layers": 28, "tie_word_embeddings": True,
+}  # fmt: skip
+MISTRAL = {
+    "architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+    "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 32768,
+    "model_type": "mistral", "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 4096, "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16", "transformers_version": "4.34.0.dev0", "use_cache": True, "vocab_size": 32000,
+}  # fmt: skip
+
+QWEN3_8B = ShapeConfig(36, 4096, 12288, 32, 8, 151936, 1e6, 1e-6, False, 128)
+MISTRAL_7B = ShapeConfig(32, 4096, 14336, 32, 8, 32000, 1e4, 1e-5, False, 128, sliding_window=4096)
 QWEN2_7B = ShapeConfig(28, 3584, 18944, 28, 4, 152064, 1e6, 1e-6, False, 128)
 LLAMA3_8B = ShapeConfig(32, 4096, 14336, 32, 8, 128256, 5e5, 1e-5, False, 128)
 LLAMA31_SCALING = {key: value for key, value in LLAMA31_ROPE.items() if key != "rope_type"}
@@ -97,6 +120,18 @@ PUBLISHED = {
         SMOLLM2,
         ShapeConfig(30, 576, 1536, 9, 3, 49152, 1e5, 1e-5, True, 64),
     ),
+    "Qwen3-8B": ("qwen3", QWEN3, QWEN3_8B),
+    "Qwen3-0.6B": (
+        "qwen3",
+        QWEN3 | SMALL_QWEN3,
+        ShapeConfig(28, 1024, 3072, 16, 8, 151936, 1e6, 1e-6, True, 128),
+    ),
+    "Mistral-7B-v0.1": ("mistral", MISTRAL, MISTRAL_7B),
+    "Mistral-7B-v0.3": (
+        "mistral",
+        MISTRAL | {"vocab_size": 32768, "rope_theta": 1000000.0, "sliding_window": None, "attention_dropout": 0.0},
+        replace(MISTRAL_7B, vocab_size=32768, rope_base=1e6, sliding_window=None),
+    ),
     "Gemma-2-2B": ("gemma2", GEMMA2, GEMMA2_2B),
     "Gemma-2-9B": (
         "gemma2",
@@ -106,7 +141,7 @@ PUBLISHED = {
         ShapeConfig(42, 3584, 14336, 16, 8, 256000, 1e4, 1e-6, True, 256, None, 256.0, 50.0, 30.0, 4096),
     ),
 }
-BASES = {"qwen2": QWEN2, "llama3": LLAMA3, "gemma2": GEMMA2}
+BASES = {"qwen2": QWEN2, "llama3": LLAMA3, "gemma2": GEMMA2, "qwen3": QWEN3, "mistral": MISTRAL}
 
 
 def write(folder: Path, content: dict) -> Path:
@@ -205,6 +240,14 @@ REFUSED = [
     ("qwen2", {"layer_types": ["sliding_attention"] * 28}, 'layer_types=["sliding_attention"'),
     ("qwen2", {"hidden_act": "gelu"}, 'hidden_act="gelu": not supported, only "silu"'),
     ("qwen2", {"num_key_value_heads": None}, "num_key_value_heads is missing"),
+    ("qwen3", {"attention_bias": True}, "attention_bias=true: not supported, only false"),
+    ("qwen3", {"use_sliding_window": True}, "use_sliding_window=true: not supported, only false"),
+    ("qwen3", {"rope_scaling": LLAMA31_ROPE}, "rope_scaling of Llama-3.1: not supported for qwen3"),
+    ("qwen3", {"num_key_value_heads": None}, "num_key_value_heads is missing"),
+    ("mistral", {"sliding_window": 0}, "sliding_window=0: must be a positive integer"),
+    ("mistral", {"layer_types": ["full_attention"] * 32}, "layer_types=["),
+    ("mistral", {"hidden_act": "gelu"}, 'hidden_act="gelu": not supported, only "silu"'),
+    ("mistral", {"rope_scaling": LLAMA31_ROPE}, "rope_scaling of Llama-3.1: not supported for mistral"),
     ("gemma2", {"attention_bias": True}, "attention_bias=true: not supported"),
     ("gemma2", {"hidden_activation": "gelu"}, 'hidden_activation="gelu": not supported, only "gelu_pytorch_tanh"'),
     ("gemma2", {"hidden_act": "silu"}, 'hidden_act="silu": not supported, only "gelu_pytorch_tanh"'),
@@ -235,7 +278,7 @@ def test_all_fields_are_refused_at_once(tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"architectures": ["MistralForCausalLM"], "model_type": "mistral"},
+        {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"},
         {"architectures": ["Qwen2ForSequenceClassification"]},
         {"architectures": ["Qwen2MoeForCausalLM"]},
         {"architectures": ["Qwen2ForCausalLM"], "model_type": "llama"},

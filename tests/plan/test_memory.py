@@ -6,6 +6,7 @@ from megatron_scalebio.mcore.rehearsal import rehearse
 from megatron_scalebio.plan.memory import saved_layer_bytes
 from megatron_scalebio.plan.planner import draws_of, stage_memory
 from megatron_scalebio.plan.sizes import on_device
+from tests.configs import resolved
 from tests.plan.test_planner import qwen_32b
 
 NOT_TENSORS = ("communication buffers", "allocator reserve")
@@ -37,6 +38,21 @@ def test_tensors_of_a_step_are_predicted_within_5_percent(world_size, ranks, ove
         comes_and_goes = parts["activations"] + parts["loss buffers"]
         others = rehearsed.peak_bytes - sum(rehearsed.parts.get(part, 0) for part in list(parts)[:5])
         assert comes_and_goes == pytest.approx(others, rel=0.1)
+
+
+@pytest.mark.parametrize("overrides", [(), ("parallel.tensor=2",), ("parallel.recompute=selective",)], ids=str)
+def test_norms_of_heads_keep_what_is_planned(overrides):
+    """What Qwen-3 keeps more of than Mistral, whose layers are the same without them."""
+    shape = {"num_layers": 4, "hidden_size": 2048, "ffn_hidden_size": 6144, "num_attention_heads": 16}
+    shape |= {"num_query_groups": 8, "head_size": 128, "vocab_size": 2048}
+    settings = [f"model.shape.{key}={value}" for key, value in shape.items()]
+    rehearsed, planned = {}, {}
+    for family in ("qwen3", "mistral"):
+        config = resolved(f"model.family={family}", *settings, "data.max_length=4096", "bilevel.steps=20", *overrides)
+        rehearsed[family] = rehearse(config, config.parallel.tensor, 0, on_cuda=True).parts["activations"]
+        planned[family] = stage_memory(config, 1, 0, draws_of(config)).parts["activations"]
+    more = rehearsed["qwen3"] - rehearsed["mistral"]
+    assert planned["qwen3"] - planned["mistral"] == pytest.approx(more, rel=0.01) and more > 2**24
 
 
 def test_recomputation_and_freezing_keep_less():

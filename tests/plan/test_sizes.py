@@ -17,6 +17,7 @@ from tests.configs import resolved
 from tests.distributed import run_distributed
 
 VOCAB_SIZE = 258
+QWEN3_06B = ShapeConfig(28, 1024, 3072, 16, 8, head_size=128)
 GEMMA_2B = ShapeConfig(26, 2304, 9216, 8, 4, head_size=256, tied_embeddings=True)
 GEMMA_9B = ShapeConfig(42, 3584, 14_336, 16, 8, head_size=256, tied_embeddings=True)
 
@@ -29,6 +30,10 @@ GEMMA_9B = ShapeConfig(42, 3584, 14_336, 16, 8, head_size=256, tied_embeddings=T
         ("qwen2", ShapeConfig(64, 5120, 27_648, 40, 8), 152_064, 32_763_876_352),  # Qwen2.5-32B
         ("llama3", ShapeConfig(32, 4096, 14_336, 32, 8), 128_256, 8_030_261_248),  # Llama-3-8B
         ("llama3", ShapeConfig(16, 2048, 8192, 32, 8, tied_embeddings=True), 128_256, 1_235_814_400),  # Llama-3.2-1B
+        ("qwen3", replace(QWEN3_06B, tied_embeddings=True), 151_936, 596_049_920),
+        ("qwen3", ShapeConfig(36, 4096, 12_288, 32, 8, head_size=128), 151_936, 8_190_735_360),  # Qwen3-8B
+        ("mistral", ShapeConfig(32, 4096, 14_336, 32, 8), 32_000, 7_241_732_096),  # Mistral-7B-v0.1
+        ("mistral", ShapeConfig(32, 4096, 14_336, 32, 8), 32_768, 7_248_023_552),  # Mistral-7B-v0.3
         ("gemma2", GEMMA_2B, 256_000, 2_614_341_888),
         ("gemma2", GEMMA_9B, 256_000, 9_241_705_984),
     ],
@@ -38,7 +43,7 @@ def test_parameters_equal_the_published_models(family, shape, vocab_size, parame
     assert model_parameters(model) == parameters
 
 
-@pytest.mark.parametrize("family, num_norms", [("qwen2", 2), ("llama3", 2), ("gemma2", 4)])
+@pytest.mark.parametrize("family, num_norms", [("qwen2", 2), ("llama3", 2), ("mistral", 2), ("gemma2", 4)])
 def test_tensor_parallel_ranks_hold_a_layer_and_its_norms_again(family, num_norms):
     model = ModelConfig(family=family, shape=ShapeConfig(24, 896, 4864, 14, 2))
     repeated = num_norms * model.shape.hidden_size
