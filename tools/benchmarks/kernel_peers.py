@@ -89,14 +89,18 @@ CROSS_ENTROPY = (
 )
 
 
+def trained(inputs: Any) -> list[Tensor]:
+    """What the head's loss is differentiated by."""
+    return [inputs.hidden, *([inputs.weight] if inputs.weight.requires_grad else [])]
+
+
 def _from_hidden(losses: Callable[[Any], Tensor]) -> Callable[[Any], Outputs]:
     """The contender's `run` of a function of inputs -> token losses."""
 
     def run(inputs: Any) -> Outputs:
         per_token = losses(inputs)
         loss = (inputs.loss_coef * per_token).sum()
-        wanted = [inputs.hidden, *([inputs.weight] if inputs.weight.requires_grad else [])]
-        grads = torch.autograd.grad(loss, wanted)
+        grads = torch.autograd.grad(loss, trained(inputs))
         outputs = {"loss": loss, "token_losses": per_token.detach()}
         return outputs | dict(zip(GRADIENTS, grads, strict=False))
 
@@ -169,16 +173,26 @@ HEAD_LOSS = (
 )
 
 
-def index_add_sums(inputs: Any) -> Outputs:
+def _index_add_sums(inputs: Any) -> Outputs:
     sums = torch.zeros(inputs.num_ids, dtype=torch.float64, device=inputs.values.device)
     return {"sums": sums.index_add_(0, inputs.ids, inputs.values.double() * inputs.coefs)}
 
 
+SUMS_BY_ID = (Contender("torch index_add_ (atomics)", _index_add_sums),)
+
 ADAMW_SETTINGS = dict(step=10, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+UPDATED = ("weights", "master", "exp_avg", "exp_avg_sq")
 
 
 def update_outputs(inputs: Any) -> Outputs:
-    return {name: getattr(inputs, name) for name in ("weights", "master", "exp_avg", "exp_avg_sq")}
+    return {name: getattr(inputs, name) for name in UPDATED}
+
+
+def update(operation: Callable[..., None], inputs: Any) -> Outputs:
+    """By a function that is called as `adamw_update` is."""
+    tensors = (inputs.weights, inputs.master, inputs.gradient, inputs.exp_avg, inputs.exp_avg_sq)
+    operation(*tensors, num_decayed=inputs.num_decayed, gradient_scale=inputs.gradient_scale, **ADAMW_SETTINGS)
+    return update_outputs(inputs)
 
 
 def _decay_groups(inputs: Any) -> list[tuple[float, list[Tensor]]]:
@@ -189,14 +203,8 @@ def _decay_groups(inputs: Any) -> list[tuple[float, list[Tensor]]]:
     return [(decay, [tensor[decayed] for tensor in tensors]), (0.0, [tensor[others] for tensor in tensors])]
 
 
-def _eager_adamw(inputs: Any, update: Callable[..., None] = adamw_update_reference) -> Outputs:
-    tensors = (inputs.weights, inputs.master, inputs.gradient, inputs.exp_avg, inputs.exp_avg_sq)
-    update(*tensors, num_decayed=inputs.num_decayed, gradient_scale=inputs.gradient_scale, **ADAMW_SETTINGS)
-    return update_outputs(inputs)
-
-
 def _compiled_adamw(inputs: Any) -> Outputs:
-    return _eager_adamw(inputs, compiled(adamw_update_reference, inputs.master.device.type))
+    return update(compiled(adamw_update_reference, inputs.master.device.type), inputs)
 
 
 def _torch_adamw(inputs: Any, fused: bool) -> Outputs:
@@ -234,7 +242,7 @@ def _transformer_engine_adamw(inputs: Any) -> Outputs:
 
 
 ADAMW = (
-    Contender("torch", _eager_adamw),
+    Contender("torch", partial(update, adamw_update_reference)),
     Contender("torch.compile", _compiled_adamw),
     Contender("torch, foreach, and a cast", partial(_torch_adamw, fused=False)),
     Contender("torch, fused, and a cast", partial(_torch_adamw, fused=True)),
