@@ -83,7 +83,9 @@ def check_fp8_model(checks: Checks, recipe: str) -> None:
     in_te = [index for index, layer in enumerate(layers) if "_trained_product" in vars(layer.mlp.linear_fc1)]
     checks.add(f"{recipe} model: layers {in_te} in Transformer Engine, {active} active", in_te == sorted(active), 1, 1)
     frozen = next(layer for index, layer in enumerate(layers) if index not in active).mlp.linear_fc1
-    x = torch.randn(FROZEN_TOKENS, 1, frozen.weight.shape[1], dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    x = torch.randn(
+        FROZEN_TOKENS, 1, frozen.weight.shape[1], dtype=torch.bfloat16, device=trainer.device, requires_grad=True
+    )
     kept = kept_bytes(lambda: frozen(x)[0]) / frozen.weight.numel()  # but for what the allocator rounds up
     checks.add(f"{recipe} model: bytes kept by a frozen linear, per number of its weight", kept, -0.1, 0.1)
 

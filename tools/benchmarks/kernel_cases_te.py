@@ -1,4 +1,4 @@
-"""Transformer Engine's FP8 products, `precision.compute=fp8`, as benchmark cases: are they right, and what do they keep?
+"""Transformer Engine's FP8 products, `precision.compute=fp8`, as benchmark cases: errors, and what they keep.
 
 Shapes: T tokens, K input and N output features.
 """
