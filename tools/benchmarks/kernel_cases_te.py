@@ -14,11 +14,10 @@ from torch.nn import Parameter
 
 from megatron_scalebio.config import PrecisionConfig, UserError
 from megatron_scalebio.mcore import te_linear
+from tools.benchmarks.kernel_cases_weights import CUBLAS, LINEARS
 from tools.benchmarks.kernel_checks import Case, Contender, Outputs, Probe
 
 TOKENS = {"cuda": 4096, "cpu": 48}
-# (N, K) of Qwen2.5-32B's linear layers: query, key and value; attention output; gate and up; down.
-LINEARS = {"cuda": [(7168, 5120), (5120, 5120), (55296, 5120), (5120, 27648)], "cpu": [(256, 384)]}
 # Rounding normal numbers: root mean square of the error over that of the numbers, computed on 2^22 of them.
 E4M3, E5M2 = 0.0265, 0.0527
 # Of a product of two rounded operands the squares add up. blockwise rounds all to E4M3, tensorwise gradients to E5M2.
@@ -56,7 +55,7 @@ def te_linear_cases(device: torch.device, quick: bool) -> list[Case]:
             make_inputs=partial(_inputs, tokens, outputs, features, recipe, device),
             reference=_exact,
             ours=(Contender("ours", lambda inputs: _run(inputs, inputs.product)),),
-            floors=(Contender("cuBLAS in bf16", _run_in_bf16),),
+            floors=(Contender(CUBLAS, _run_in_bf16),),
             flops=6 * tokens * features * outputs,
             rounding=ROUNDING[recipe],
             probes=(
