@@ -98,7 +98,7 @@ def main() -> int:
     checks = Checks()
     if args.compute in TOLERANCE:
         check_golden_run(checks, args.compute)
-    elif reason := why_not():
+    elif reason := why_not(torch.device("cuda")):
         print(f"error: {reason}", file=sys.stderr)
         return 2
     else:

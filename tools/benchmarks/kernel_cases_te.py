@@ -35,8 +35,10 @@ class TrainedInputs(NamedTuple):
     product: te_linear.FP8Product  # with that weight
 
 
-def why_not() -> str | None:
-    """Why the products cannot run on this machine; None: they can."""
+def why_not(device: torch.device) -> str | None:
+    """Why the products cannot run there; None: they can."""
+    if device.type != "cuda":
+        return "its products need a GPU"
     for recipe in ROUNDING:
         try:
             te_linear.check_transformer_engine(PrecisionConfig(compute="fp8", fp8_recipe=recipe))
