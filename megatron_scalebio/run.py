@@ -30,6 +30,7 @@ def open_run(
     world_size: int | None = None,
     ranks_here: int = 1,
     dry: bool = False,
+    writes: bool = True,
 ) -> Run:
     """Open a run: merge and resolve its settings, check them, this machine's devices and the output folder, and read
     the data.
@@ -42,6 +43,7 @@ def open_run(
         world_size: ranks of the whole run; None: torchrun's, else one.
         ranks_here: of them, those that this process stands for on this machine.
         dry: as `--dry-run`: of `model.hf_path` config.json alone is read, and no optional package is asked for.
+        writes: the output folder is going to be written, and must be free. False: it is not looked at.
 
     Raises: UserError, in one message, for every mistake in settings, data or folders.
     """
@@ -58,7 +60,7 @@ def open_run(
     tokenizer = load_tokenizer(loaded.data.tokenizer)
     check_config(loaded, world_size, tokenizer.vocab_size)
     resolved = resolve(loaded, tokenizer.vocab_size)
-    if is_main_rank():
+    if writes and is_main_rank():
         check_output_dir(resolved)
     check_device(resolved.run.device, ranks_here)
     if not dry:

@@ -10,7 +10,6 @@ shapes are tiny and the times mean nothing: they show that the tool works. Exits
 """
 
 import argparse
-import json
 import sys
 from dataclasses import asdict, replace
 from functools import partial
@@ -22,19 +21,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from megatron_scalebio.device import choose_device
-from tools.benchmarks import kernel_cases, kernel_cases_activations, kernel_cases_weights
+from tools.benchmarks import kernel_cases, kernel_cases_activations, kernel_cases_te, kernel_cases_weights
+from tools.benchmarks.environment import environment, write_results
 from tools.benchmarks.kernel_checks import (
     BANDWIDTH,
     PEER_BOUND,
     RECOMPUTE,
     Case,
     Unsupported,
-    bounds_of_ours,
     find_fault,
+    probe_in_words,
+    probe_row,
     relative_errors,
 )
-from tools.benchmarks.timing import Ceilings, environment, measure, measure_ceilings, release_memory
+from tools.benchmarks.timing import Ceilings, measure, measure_ceilings, release_memory
 
+TE_LINEAR = "te_linear"  # left out where Transformer Engine cannot run
 OPERATIONS = {
     "cross_entropy": kernel_cases.cross_entropy_cases,
     "head_loss": kernel_cases.head_loss_cases,
@@ -45,6 +47,7 @@ OPERATIONS = {
     "frozen_linear": kernel_cases_weights.frozen_linear_cases,
     "frozen_linear_dgrad": kernel_cases_weights.frozen_linear_dgrad_cases,
     "gated_activation": kernel_cases_activations.gated_activation_cases,
+    TE_LINEAR: kernel_cases_te.te_linear_cases,
 }
 SECONDS = {"cuda": 1.0, "cpu": 0.02}  # of runs per contender
 QUICK_SECONDS = {"cuda": 0.2, "cpu": 0.02}
@@ -54,7 +57,7 @@ Row = dict[str, Any]
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=OPERATIONS, default=list(OPERATIONS), metavar="OP")
+    parser.add_argument("--only", nargs="+", choices=OPERATIONS, metavar="OP")
     parser.add_argument("--quick", action="store_true", help="fewer shapes, shorter runs")
     parser.add_argument("--check", action="store_true", help="time nothing")
     parser.add_argument("--ours", action="store_true", help="leave the peers out")
@@ -63,17 +66,23 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     device = choose_device(args.device)
     torch.set_float32_matmul_precision("highest")  # what fp32 is held against must be fp32, whatever the container says
+    operations = args.only or list(OPERATIONS)
+    if TE_LINEAR in operations and (reason := kernel_cases_te.why_not(device)):
+        print(f"{TE_LINEAR} is left out: {reason}", flush=True)
+        if args.only:
+            return 2
+        operations.remove(TE_LINEAR)
     seconds = (QUICK_SECONDS if args.quick else SECONDS)[device.type]
-    command = "python tools/benchmark_kernels.py " + " ".join(sys.argv[1:] if argv is None else argv)
-    content: dict[str, Any] = environment(device, command)
-    print("\n".join(f"{key}: {value}" for key, value in content.items()), flush=True)
+    command = "benchmark_kernels.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    content: dict[str, Any] = {"environment": environment(device, command=command)}
+    print("\n".join(f"{key}: {value}" for key, value in content["environment"].items()), flush=True)
     ceilings = None
     if not args.check:
         ceilings = measure_ceilings(device, seconds)
         content["ceilings"] = asdict(ceilings)
         print_ceilings(ceilings, device)
     content |= {"rows": [], "targets": []}
-    for operation in args.only:
+    for operation in operations:
         for case in OPERATIONS[operation](device, args.quick):
             case = replace(case, peers=()) if args.ours else case
             rows = check(case, device)
@@ -84,9 +93,7 @@ def main(argv: list[str] | None = None) -> int:
             content["rows"] += rows
             content["targets"] += targets
             print_case(case, rows, targets)
-            if args.out:
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            write_results(args.out, content)
     wrong = [row for row in content["rows"] if row["kind"] == "ours" and row["status"] != "right"]
     print(f"WRONG: {len(wrong)} checks of ours" if wrong else "all checks of ours passed")
     return 1 if wrong else 0
@@ -94,8 +101,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def check(case: Case, device: torch.device) -> list[Row]:
     """One row per contender: whether it is right, its errors and what they may be. Floors are not checked."""
-    expected = case.expected(case.make_inputs())
-    plain_errors = relative_errors(case.plain(case.make_inputs()), expected, None)
+    expected = case.reference(case.make_inputs(), True)
+    plain = {} if case.rounding else case.reference(case.make_inputs(), False)
+    plain_errors = relative_errors(plain, expected, None) if plain else {}
     rows = []
     for kind, contender in case.contenders():
         row = {"operation": case.operation, "shape": case.shape, "contender": contender.name, "kind": kind}
@@ -106,9 +114,15 @@ def check(case: Case, device: torch.device) -> list[Row]:
         try:
             outputs = contender.run(case.make_inputs())
             row["errors"] = relative_errors(outputs, expected, case.rows)
-            peers = dict.fromkeys(expected, PEER_BOUND)
-            allowed = bounds_of_ours(plain_errors, outputs) if kind == "ours" else peers
-            row |= {"allowed": allowed, "reason": find_fault(row["errors"], allowed)}
+            peers = dict.fromkeys(expected, (0.0, PEER_BOUND))
+            bounds = case.bounds(outputs, plain_errors) if kind == "ours" else peers
+            del outputs
+            row["allowed"] = {name: most for name, (_, most) in bounds.items()}
+            row["reason"] = find_fault(row["errors"], bounds)
+            if case.probes and contender is case.ours[0]:
+                row["probes"] = [probe_row(p.name, p.measure(case.make_inputs()), p.least, p.most) for p in case.probes]
+                failed = [probe_in_words(probe) for probe in row["probes"] if not probe["passed"]]
+                row["reason"] = "; ".join(filter(None, [row["reason"], *failed])) or None
             row["status"] = "wrong" if row["reason"] else "right"
         except Exception as error:  # whatever a peer raises is its reason; ours counts as wrong, and the rest goes on
             row |= {"status": "failed", "reason": in_one_line(error)}
@@ -173,6 +187,8 @@ def print_case(case: Case, rows: list[Row], targets: list[Row]) -> None:
     print(f"  {'':28}" + "".join(f"{column:>10}" for column in columns))
     for row in rows:
         print(f"  {row['contender']:28}" + row_in_words(row))
+        for probe in row.get("probes", ()):
+            print("  " + probe_in_words(probe))
     for target in targets:
         print("  target: " + target_in_words(target))
     sys.stdout.flush()

@@ -1,5 +1,5 @@
 """`precision.compute=fp8` with a stand-in for Transformer Engine, whose products are exact: which weights come to it,
-where their gradients go, and what is refused. Its own FP8 products need a GPU: tools/benchmarks/te_fp8.py.
+where their gradients go, and what is refused. Its own FP8 products need a GPU: tools/benchmarks/te_fp8.sh.
 
 Shapes: T tokens, K input features, N output features.
 """

@@ -10,7 +10,13 @@ import torch.distributed as dist
 from megatron_scalebio.kernels import fp8, head_loss
 
 from tools import benchmark_kernels
-from tools.benchmarks import kernel_cases, kernel_cases_activations, kernel_cases_weights, kernel_peers
+from tools.benchmarks import (
+    kernel_cases,
+    kernel_cases_activations,
+    kernel_cases_te,
+    kernel_cases_weights,
+    kernel_peers,
+)
 from tools.benchmarks.kernel_checks import Contender
 
 
@@ -40,7 +46,7 @@ def test_every_kernel_of_ours_is_right_and_timed(everything):
     status, content = everything
     assert status == 0
     ours = [row for row in content["rows"] if row["kind"] == "ours"]
-    assert {row["operation"] for row in ours} == set(benchmark_kernels.OPERATIONS)
+    assert {row["operation"] for row in ours} == set(benchmark_kernels.OPERATIONS) - {benchmark_kernels.TE_LINEAR}
     for row in ours:
         assert row["status"] == "right" and row["reason"] is None
         assert all(error <= row["allowed"][name] for name, error in row["errors"].items())
@@ -56,8 +62,10 @@ def test_every_kernel_of_ours_is_right_and_timed(everything):
 
 def test_the_file_says_where_its_numbers_come_from_and_what_they_are_held_against(everything):
     _, content = everything
-    assert content["command"].endswith("kernels.json") and "CPU" in content["device"]
-    assert {"commit", "torch", "triton", "liger-kernel"} <= set(content)
+    environment = content["environment"]
+    assert environment["command"].endswith("kernels.json") and "CPU" in environment["device"]
+    assert {"commit", "date", "settings", "world_size"} <= set(environment)
+    assert {"python", "torch", "triton", "megatron-core", "liger-kernel"} <= set(environment["versions"])
     assert min(content["ceilings"].values()) > 0
     against = {target["against"] for target in content["targets"]}
     assert {"its 2 GEMMs in cuBLAS", "its 3 GEMMs in cuBLAS", kernel_cases_weights.CUBLAS} <= against
@@ -190,3 +198,110 @@ def test_check_times_nothing(tmp_path):
     status, content = run(tmp_path, "--only", "sum_of_squares", "--check", "--ours")
     assert status == 0 and [row["status"] for row in content["rows"]] == ["right"]
     assert "ceilings" not in content and not any("milliseconds" in row for row in content["rows"])
+
+
+class InFP8:
+    """Stands in for `FP8Product` on a CPU: the operands, rounded as the recipe rounds them, multiplied in fp32."""
+
+    def __init__(self, weight, recipe):
+        self.weight, self.recipe = weight, recipe
+
+    def __call__(self, x):
+        return _Product.apply(x, self.weight, self)
+
+    def rounded(self, tensor, is_grad=False):
+        if self.recipe == "tensorwise":
+            dtype = torch.float8_e5m2 if is_grad else torch.float8_e4m3fn
+            scale = tensor.abs().max().float() / torch.finfo(dtype).max
+            return (tensor / scale).to(dtype).float() * scale
+        return fp8.dequantize_reference(fp8.quantize_reference(tensor.flatten(0, -2), 1), torch.float32).view(
+            tensor.shape
+        )
+
+    def add(self, gradient):
+        self.weight.main_grad.add_(gradient)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, product):
+        ctx.product, x, weight = product, product.rounded(x), product.rounded(weight.detach())
+        ctx.save_for_backward(x, weight)
+        return (x @ weight.T).bfloat16()
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad = ctx.product.rounded(grad, is_grad=True)
+        ctx.product.add(grad.flatten(0, 1).T @ x.flatten(0, 1))
+        return (grad @ weight).bfloat16(), None, None
+
+
+class InBF16(InFP8):
+    def rounded(self, tensor, is_grad=False):
+        return tensor.float()
+
+
+class WithCoarserGradients(InFP8):
+    """As if every gradient were rounded as e5m2 rounds, in a recipe that has e4m3."""
+
+    def rounded(self, tensor, is_grad=False):
+        return tensor.to(torch.float8_e5m2).float() if is_grad else super().rounded(tensor)
+
+
+class Overwriting(InFP8):
+    def add(self, gradient):
+        self.weight.main_grad.copy_(gradient)
+
+
+class WithHistory(InFP8):
+    """Of what another weight's product saw before, as delayed scaling would have it."""
+
+    seen = 0
+
+    def __call__(self, x):
+        WithHistory.seen += 1
+        return super().__call__(x) * (1 + 2**-6 * (WithHistory.seen % 2))
+
+
+def run_te_linear(folder, monkeypatch, product=InFP8, kept=1.03):
+    """Exit status, and the rows of ours by recipe."""
+    monkeypatch.setattr(kernel_cases_te, "why_not", lambda device: None)
+    monkeypatch.setattr(kernel_cases_te.te_linear, "FP8Product", product)
+    monkeypatch.setattr(kernel_cases_te, "kept_bytes", lambda call: kept * call().shape[0] * 384)
+    status, content = run(folder, "--only", "te_linear")
+    return status, {row["shape"]["recipe"]: row for row in content["rows"] if row["kind"] == "ours"}
+
+
+def test_products_that_round_to_fp8_are_right_and_timed_beside_bf16(tmp_path, monkeypatch):
+    status, rows = run_te_linear(tmp_path, monkeypatch)
+    assert status == 0 and rows.keys() == kernel_cases_te.ROUNDING.keys()
+    for recipe, row in rows.items():
+        assert row["status"] == "right" and row["milliseconds"]["median"] > 0
+        assert row["errors"].keys() == kernel_cases_te.ROUNDING[recipe].keys()
+        assert [probe["passed"] for probe in row["probes"]] == [True, True]
+
+
+@pytest.mark.parametrize(
+    "product, kept, recipe, reason",
+    [
+        (InBF16, 1.03, "blockwise", "y off by"),
+        (WithCoarserGradients, 1.03, "blockwise", "grad_x off by"),
+        (Overwriting, 1.03, "tensorwise", "grad_weight off by"),
+        (WithHistory, 1.03, "tensorwise", "differ between equal weights"),
+        (InFP8, 3.5, "blockwise", "bytes kept"),
+    ],
+)
+def test_products_that_are_not_what_fp8_must_be_get_no_time(tmp_path, monkeypatch, product, kept, recipe, reason):
+    status, rows = run_te_linear(tmp_path, monkeypatch, product, kept)
+    assert status == 1 and rows[recipe]["status"] == "wrong" and reason in rows[recipe]["reason"]
+    assert "milliseconds" not in rows[recipe]
+
+
+def test_without_transformer_engine_its_products_are_left_out_or_refused_where_they_alone_are_asked_for(
+    monkeypatch, capsys
+):
+    monkeypatch.setattr(benchmark_kernels, "OPERATIONS", {name: lambda *_: [] for name in benchmark_kernels.OPERATIONS})
+    assert benchmark_kernels.main(["--device", "cpu", "--check"]) == 0
+    assert benchmark_kernels.main(["--device", "cpu", "--check", "--only", "te_linear"]) == 2
+    assert capsys.readouterr().out.count("te_linear is left out: its products need a GPU") == 2

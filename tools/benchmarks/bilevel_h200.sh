@@ -9,5 +9,5 @@ python3 tools/benchmarks/cuda_check.py fp32
 python3 tools/benchmarks/cuda_check.py bf16
 shape=(model.shape.num_layers=16 model.shape.hidden_size=2048 model.shape.ffn_hidden_size=5632
     model.shape.num_attention_heads=16 model.shape.num_query_groups=4 precision.compute=bf16 data.micro_batch_size=8)
-python3 tools/benchmarks/step_time.py plain --out "$out/$name-bilevel-against-plain.json" "${shape[@]}"
-python3 tools/benchmarks/step_time.py sources --out "$out/$name-number-of-sources.json" "${shape[@]}"
+python3 tools/benchmarks/step_ratios.py plain --out "$out/$name-bilevel-against-plain.json" "${shape[@]}"
+python3 tools/benchmarks/step_ratios.py sources --out "$out/$name-number-of-sources.json" "${shape[@]}"

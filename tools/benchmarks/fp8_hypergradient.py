@@ -10,15 +10,22 @@ are settings.
 """
 
 import argparse
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+from megatron_scalebio.active_layers import Role
+from megatron_scalebio.bilevel import Bilevel
+from megatron_scalebio.data import StepBatch
+from megatron_scalebio.mcore.models import MegatronModels
+from megatron_scalebio.run import open_run
+from megatron_scalebio.trainer import Trainer
+from tools.benchmarks.environment import environment, write_results
+from tools.benchmarks.tasks import settings_of
 
 # precision.compute, frozen_weights and frozen_inputs; the first is what the others are held against.
 PRECISIONS = {
@@ -29,44 +36,23 @@ PRECISIONS = {
     "bf16, frozen weights fp8": ("bf16", "fp8", "compute"),
 }
 
-
-def load(args: argparse.Namespace):
-    """(configuration, dataset) of the task, in fp32."""
-    from megatron_scalebio.config import load_config
-    from megatron_scalebio.data import load_dataset
-    from megatron_scalebio.hf import adopt_checkpoint, check_checkpoint
-    from megatron_scalebio.rules import check_config
-
-    files = sorted((args.task / "train").glob("*.jsonl"))
-    sources = ", ".join(f"{{name: {file.stem}, path: '{file.absolute()}'}}" for file in files)
-    config = load_config(
-        None,
-        [
-            *(f"model.hf_path={args.model}", "data.template=plain", "precision.compute=fp32"),
-            *(f"data.sources=[{sources}]", f"data.validation={args.task / 'val.jsonl'}", *args.settings),
-        ],
-    )
-    adopt_checkpoint(config, {})
-    check_checkpoint(config)
-    dataset = load_dataset(config)
-    check_config(config, 1, dataset.tokenizer.vocab_size)
-    return config, dataset
+Layers = dict[Role, list[int]]
 
 
-def copy_weights(trained, models, active_layers: dict, ever_active: set) -> None:
+def copy_weights(
+    trained: MegatronModels, models: MegatronModels, active_layers: Layers, ever_active: dict[Role, set[int]]
+) -> None:
     """Make `models`, freshly built in another precision, hold the exact weights of `trained`."""
     models.redraw({role: sorted(layers) for role, layers in ever_active.items()})
     for role, active_set in models.active_sets.items():
         for name, active in active_set.blocks.items():
-            active.master.copy_(trained.exact(role, name))
+            active.master.copy_(trained.persistence.exact(role, name))
             active.block.weights[active.shard] = active.master
     models.redraw(active_layers)
 
 
-def gaps(models, bilevel, batch, active_layers: dict) -> torch.Tensor:
+def gaps(models: MegatronModels, bilevel: Bilevel, batch: StepBatch, active_layers: Layers) -> torch.Tensor:
     """g of a batch, [K] fp64; nothing is updated."""
-    from megatron_scalebio.active_layers import Role
-
     taken = {}
 
     class Watched:
@@ -94,12 +80,9 @@ def main() -> int:
     parser.add_argument("settings", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args()
 
-    from megatron_scalebio.mcore.models import MegatronModels
-    from megatron_scalebio.trainer import Trainer
-    from tools.benchmarks.timing import environment
-
-    config, dataset = load(args)
-    trainer, ever_active = Trainer(config, dataset), {}
+    settings = [f"model.hf_path={args.model}", "data.template=plain", "precision.compute=fp32"]
+    run = open_run(None, [*settings, *settings_of(args.task), "data.test=null", *args.settings], writes=False)
+    trainer, ever_active = Trainer(run), {}
     for _ in range(args.steps):
         trainer.take_step()
         for role, layers in trainer.active_layers.items():
@@ -107,19 +90,17 @@ def main() -> int:
     batches = [trainer.sampler.step(args.steps + 1 + index) for index in range(args.batches)]
     found = {}
     for name, (compute, frozen, inputs) in PRECISIONS.items():
-        precision = replace(config.precision, compute=compute, frozen_weights=frozen, frozen_inputs=inputs)
-        variant = replace(config, precision=precision)
-        models = MegatronModels(variant, trainer.groups, trainer.device, trainer.models.shape.vocab_size)
+        precision = replace(run.config.precision, compute=compute, frozen_weights=frozen, frozen_inputs=inputs)
+        variant = replace(run.config, precision=precision)
+        models = MegatronModels(variant, trainer.groups, trainer.device)
         copy_weights(trainer.models, models, trainer.active_layers, ever_active)
         found[name] = torch.stack([gaps(models, trainer.bilevel, batch, trainer.active_layers) for batch in batches])
         print(f"{name}: {[[round(value, 5) for value in row] for row in found[name].tolist()]}", flush=True)
     rows = [summary(name, gap, found["fp32"]) for name, gap in found.items()]
     for row in rows:
         print("  ".join(f"{key} {value if isinstance(value, str) else f'{value:.3g}'}" for key, value in row.items()))
-    if args.out:
-        content = {**environment(trainer.device, " ".join(sys.argv)), "sources": dataset.source_names, "rows": rows}
-        content["gaps"] = {name: gap.tolist() for name, gap in found.items()}
-        args.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    content = {"environment": environment(trainer.device, args.settings), "sources": run.dataset.source_names, "rows": rows}
+    write_results(args.out, content | {"gaps": {name: gap.tolist() for name, gap in found.items()}})
     return 0
 
 

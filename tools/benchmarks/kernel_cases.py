@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_scalebio.device import backend
 from tools.benchmarks import kernel_peers
-from tools.benchmarks.kernel_checks import BANDWIDTH, RECOMPUTE, Case, Contender, Outputs, Target
+from tools.benchmarks.kernel_checks import NEAR_BANDWIDTH, RECOMPUTE, Case, Contender, Outputs, Target
 
 ROWS_CHECKED = 128  # of a logits gradient, first and last included: an offset past 2^31 shows in the last ones
 REFERENCE_CHUNK = 1024  # tokens whose fp64 logits exist at a time
@@ -94,13 +94,10 @@ def cross_entropy_cases(device: torch.device, quick: bool) -> list[Case]:
             operation="cross_entropy",
             shape=_described(N=num_tokens, V=shape.vocab_size, softcap=shape.softcap),
             make_inputs=partial(_logits_inputs, shape, num_tokens, device),
-            expected=partial(_plain_cross_entropy, rows=rows, dtype=torch.float64),
-            plain=partial(_plain_cross_entropy, rows=rows, dtype=torch.float32),
+            reference=partial(_plain_cross_entropy, rows),
             ours=(Contender("ours", ours, num_bytes=3 * num_tokens * shape.vocab_size * 2),),
-            floors=(),
             peers=kernel_peers.CROSS_ENTROPY,
-            flops=0,
-            targets=(Target(BANDWIDTH, 1 / 0.85),),
+            targets=NEAR_BANDWIDTH,
             rows=rows,
         )
 
@@ -114,13 +111,13 @@ def _logits_inputs(shape: Shape, num_tokens: int, device: torch.device) -> Logit
     return LogitsInputs(logits, *_targets_and_coefs(shape, num_tokens, device), grad, shape.softcap)
 
 
-def _plain_cross_entropy(inputs: LogitsInputs, rows: Tensor, dtype: torch.dtype) -> Outputs:
-    """In plain PyTorch, some rows only; computed in `dtype`, and with fp32 the gradient is rounded as ours is."""
+def _plain_cross_entropy(rows: Tensor, inputs: LogitsInputs, exact: bool) -> Outputs:
+    """In plain PyTorch, some rows only; in fp64, or in fp32 with the gradient rounded as ours is."""
+    dtype = torch.float64 if exact else torch.float32
     logits = inputs.logits[rows].to(dtype).requires_grad_()
     losses = kernel_peers.token_losses(logits, inputs.targets[rows], inputs.softcap)
     (grad,) = torch.autograd.grad(losses, logits, inputs.loss_coef[rows].to(dtype))
-    grad = grad if dtype == torch.float64 else grad.to(inputs.logits.dtype)
-    return {"token_losses": losses.detach(), "grad_logits": grad}
+    return {"token_losses": losses.detach(), "grad_logits": grad if exact else grad.to(inputs.logits.dtype)}
 
 
 def head_loss_cases(device: torch.device, quick: bool) -> list[Case]:
@@ -132,22 +129,20 @@ def head_loss_cases(device: torch.device, quick: bool) -> list[Case]:
             *(inputs.hidden, inputs.weight, inputs.targets, inputs.loss_coef, len(inputs.weight), group),
             *(inputs.softcap, inputs.main_grad if main_grad else None),
         )
-        wanted = [inputs.hidden, *([inputs.weight] if inputs.weight.requires_grad else [])]
-        grads = list(torch.autograd.grad(loss, wanted, allow_unused=main_grad))
+        grads = list(torch.autograd.grad(loss, kernel_peers.trained(inputs), allow_unused=main_grad))
         if main_grad:
             grads[1] = inputs.main_grad
         return {"loss": loss, "token_losses": token_losses, **dict(zip(kernel_peers.GRADIENTS, grads, strict=False))}
 
-    def case(shape: Shape, num_tokens: int, trained: bool) -> Case:
-        sizes = dict(N=num_tokens, H=shape.hidden_size, V=shape.vocab_size)
+    def case(trained: bool, shape: Shape, num_tokens: int) -> Case:
         num_gemms = 3 if trained else 2
         gemms = f"its {num_gemms} GEMMs in cuBLAS"
+        sizes = dict(N=num_tokens, H=shape.hidden_size, V=shape.vocab_size)
         return Case(
             operation="head_loss",
             shape=_described(**sizes, softcap=shape.softcap, head="trained" if trained else "frozen"),
             make_inputs=partial(_head_inputs, shape, num_tokens, trained, device),
-            expected=partial(_plain_head_loss, dtype=torch.float64),
-            plain=partial(_plain_head_loss, dtype=torch.float32),
+            reference=_plain_head_loss,
             ours=(
                 Contender("ours", ours, num_bytes=None if trained else _head_bytes(num_tokens, shape)),
                 *([Contender("ours, into main_grad", partial(ours, main_grad=True))] if trained else []),
@@ -158,8 +153,7 @@ def head_loss_cases(device: torch.device, quick: bool) -> list[Case]:
             targets=(Target(gemms, 1.15), *(() if trained else (Target(RECOMPUTE, 0.8),))),
         )
 
-    cases = (partial(case, trained=trained) for trained in (False, True))
-    return [built for one in cases for built in _at_all_shapes(one, device, quick)]
+    return [built for trained in (False, True) for built in _at_all_shapes(partial(case, trained), device, quick)]
 
 
 def _head_inputs(shape: Shape, num_tokens: int, trained: bool, device: torch.device) -> HeadInputs:
@@ -172,19 +166,21 @@ def _head_inputs(shape: Shape, num_tokens: int, trained: bool, device: torch.dev
     return HeadInputs(hidden, weight.requires_grad_(trained), targets, loss_coef, main_grad, shape.softcap)
 
 
-def _plain_head_loss(inputs: HeadInputs, dtype: torch.dtype) -> Outputs:
-    """In plain PyTorch, a chunk of tokens at a time, computed in `dtype`. With fp32 the logits' gradient is rounded to
-    the model's dtype, in which tensor cores take it; losses and sums are not: of logits in bf16 they would be."""
+def _plain_head_loss(inputs: HeadInputs, exact: bool) -> Outputs:
+    """In plain PyTorch, a chunk of tokens at a time, in fp64 or fp32. With fp32 the logits' gradient is rounded to the
+    model's dtype, in which tensor cores take it; losses and sums are not: of logits in bf16 they would be."""
+    dtype = torch.float64 if exact else torch.float32
     hidden, weight = inputs.hidden.detach(), inputs.weight.detach().to(dtype)
     losses, grads_hidden, grad_weight = [], [], torch.zeros((), dtype=dtype, device=weight.device)
-    for start in range(0, len(hidden), REFERENCE_CHUNK):
-        chunk = slice(start, start + REFERENCE_CHUNK)
-        rows = hidden[chunk].to(dtype)
+    for chunk, targets, coefs in zip(
+        *(tensor.split(REFERENCE_CHUNK) for tensor in (hidden, inputs.targets, inputs.loss_coef)), strict=True
+    ):
+        rows = chunk.to(dtype)
         logits = (rows @ weight.T).requires_grad_()
-        losses.append(kernel_peers.token_losses(logits, inputs.targets[chunk], inputs.softcap))
-        (grad,) = torch.autograd.grad(losses[-1], logits, inputs.loss_coef[chunk].to(dtype))
-        grad = grad if dtype == torch.float64 else grad.to(hidden.dtype).to(dtype)
-        losses[-1] = losses[-1].detach()
+        loss = kernel_peers.token_losses(logits, targets, inputs.softcap)
+        (grad,) = torch.autograd.grad(loss, logits, coefs.to(dtype))
+        grad = grad if exact else grad.to(hidden.dtype).to(dtype)
+        losses.append(loss.detach())
         grads_hidden.append(grad @ weight)
         if inputs.weight.requires_grad:
             grad_weight = grad_weight + grad.T @ rows
@@ -222,7 +218,7 @@ def sums_by_id_cases(device: torch.device, quick: bool) -> list[Case]:
         coefs = torch.rand(num_tokens, dtype=torch.float64, device=device)
         return SumsInputs(torch.randn(num_tokens, device=device) + 2, coefs, ids, NUM_SOURCES)
 
-    def expected(inputs: SumsInputs) -> Outputs:
+    def reference(inputs: SumsInputs, exact: bool) -> Outputs:
         products = inputs.values.double() * inputs.coefs
         return {"sums": torch.stack([products[inputs.ids == index].sum() for index in range(NUM_SOURCES)])}
 
@@ -230,12 +226,9 @@ def sums_by_id_cases(device: torch.device, quick: bool) -> list[Case]:
         operation="sums_by_id",
         shape=dict(N=num_tokens, ids=NUM_SOURCES),
         make_inputs=make_inputs,
-        expected=expected,
-        plain=kernel_peers.index_add_sums,
+        reference=reference,
         ours=(Contender("ours", lambda inputs: {"sums": sums_by_id(*inputs)}, num_bytes=num_tokens * (4 + 8 + 8)),),
-        floors=(),
-        peers=(Contender("torch index_add_ (atomics)", kernel_peers.index_add_sums),),
-        flops=0,
+        peers=kernel_peers.SUMS_BY_ID,
     )
     return [case]
 

@@ -11,7 +11,7 @@ from megatron_scalebio.kernels.gated_activation import gated_activation
 from torch import Tensor
 
 from tools.benchmarks import kernel_peers
-from tools.benchmarks.kernel_checks import BANDWIDTH, Case, Contender, Outputs, Target
+from tools.benchmarks.kernel_checks import NEAR_BANDWIDTH, Case, Contender, Outputs
 
 # F and the activation: of Qwen2.5-32B whole, of one of its 8 tensor-parallel shards, and of Gemma-2-9B.
 LAYERS = {
@@ -37,26 +37,23 @@ def gated_activation_cases(device: torch.device, quick: bool) -> list[Case]:
         random = partial(torch.randn, dtype=torch.bfloat16, device=device)
         return ActivationInputs(random(rows, 2 * features).mul_(2).requires_grad_(), random(rows, features), activation)
 
-    def case(features: int, activation: str) -> Case:
-        return Case(
+    return [
+        Case(
             operation="gated_activation",
             shape=dict(R=rows, F=features, activation=activation),
             make_inputs=partial(make_inputs, features, activation),
-            expected=partial(_plain, dtype=torch.float64),
-            plain=partial(_plain, dtype=torch.bfloat16),
+            reference=_plain,
             ours=(Contender("ours", ours, num_bytes=8 * rows * features * 2),),
-            floors=(),
             peers=kernel_peers.GATED_ACTIVATION,
-            flops=0,
-            targets=(Target(BANDWIDTH, 1 / 0.85),),
+            targets=NEAR_BANDWIDTH,
         )
+        for features, activation in LAYERS[device.type]
+    ]
 
-    return [case(*layer) for layer in LAYERS[device.type]]
 
-
-def _plain(inputs: ActivationInputs, dtype: torch.dtype) -> Outputs:
-    """In plain PyTorch, computed in `dtype`."""
-    converted = inputs._replace(
-        gate_and_up=inputs.gate_and_up.detach().to(dtype).requires_grad_(), grad=inputs.grad.to(dtype)
-    )
+def _plain(inputs: ActivationInputs, exact: bool) -> Outputs:
+    """In plain PyTorch, in fp64 or in bf16."""
+    dtype = torch.float64 if exact else torch.bfloat16
+    gate_and_up = inputs.gate_and_up.detach().to(dtype).requires_grad_()
+    converted = inputs._replace(gate_and_up=gate_and_up, grad=inputs.grad.to(dtype))
     return kernel_peers.gated_activation_outputs(kernel_peers.plain_gated_activation, converted)

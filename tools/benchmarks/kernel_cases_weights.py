@@ -6,6 +6,7 @@ Shapes: n parameters; M tokens, K input and N output features.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from megatron_scalebio.kernels.adamw import adamw_update, adamw_update_reference
@@ -25,7 +26,7 @@ from megatron_scalebio.kernels.sum_of_squares import sum_of_squares
 from torch import Tensor
 
 from tools.benchmarks import kernel_peers
-from tools.benchmarks.kernel_checks import BANDWIDTH, Case, Contender, Outputs, Target
+from tools.benchmarks.kernel_checks import NEAR_BANDWIDTH, Case, Contender, Outputs, Target
 
 # The second is no multiple of 16 bytes: its last parameters need a mask.
 NUM_PARAMETERS = {"cuda": [2**28, 2**28 + 3], "cpu": [5000]}
@@ -52,9 +53,6 @@ class UpdateInputs:
     gradient_scale: Tensor  # scalar fp32
     num_decayed: int
 
-    def tensors(self) -> tuple[Tensor | Moment, ...]:
-        return self.weights, self.master, self.gradient, self.exp_avg, self.exp_avg_sq
-
 
 @dataclass(frozen=True)
 class LinearInputs:
@@ -71,28 +69,32 @@ def adamw_update_cases(device: torch.device, quick: bool) -> list[Case]:
     """Scale the gradient, AdamW, cast to bf16. Stored moments are rounded by draws: what they feed is checked."""
 
     def case(size: int, moments: str) -> Case:
-        rounded = moments != "fp32"
+        outputs = ("weights", "master") if moments != "fp32" else kernel_peers.UPDATED
+
+        def update(operation: Callable[..., None], inputs: UpdateInputs) -> Outputs:
+            updated = kernel_peers.update(operation, inputs)
+            return {name: updated[name] for name in outputs}
+
+        def reference(inputs: UpdateInputs, exact: bool) -> Outputs:
+            return update(adamw_update_reference, _in_fp64(inputs) if exact else inputs)
+
+        num_bytes = BYTES_PER_PARAMETER[moments] * size
         return Case(
             operation="adamw_update",
             shape=dict(n=size, moments=moments),
             make_inputs=lambda: _with_moments(_update_inputs(size, device), moments),
-            expected=lambda inputs: _update(adamw_update_reference, _in_fp64(inputs), rounded),
-            plain=lambda inputs: _update(adamw_update_reference, inputs, rounded),
-            ours=(
-                Contender(
-                    "ours",
-                    lambda inputs: _update(adamw_update, inputs, rounded),
-                    num_bytes=BYTES_PER_PARAMETER[moments] * size,
-                ),
-            ),
-            floors=(),
-            peers=() if rounded else kernel_peers.ADAMW,
-            flops=0,
-            targets=(Target(BANDWIDTH, 1 / 0.85),),
+            reference=reference,
+            ours=(Contender("ours", partial(update, adamw_update), num_bytes=num_bytes),),
+            peers=kernel_peers.ADAMW if moments == "fp32" else (),
+            targets=NEAR_BANDWIDTH,
         )
 
-    sizes = (QUICK_NUM_PARAMETERS if quick else NUM_PARAMETERS)[device.type]
+    sizes = _num_parameters(device, quick)
     return [*(case(size, "fp32") for size in sizes), *(case(sizes[0], moments) for moments in ("bf16", "fp8"))]
+
+
+def _num_parameters(device: torch.device, quick: bool) -> list[int]:
+    return (QUICK_NUM_PARAMETERS if quick else NUM_PARAMETERS)[device.type]
 
 
 def _update_inputs(size: int, device: torch.device) -> UpdateInputs:
@@ -122,41 +124,31 @@ def _with_moments(inputs: UpdateInputs, moments: str) -> UpdateInputs:
 
 def _in_fp64(inputs: UpdateInputs) -> UpdateInputs:
     """The same numbers; moments as they are stored become plain tensors."""
-    names = ("weights", "master", "gradient", "exp_avg", "exp_avg_sq", "gradient_scale")
-    values = {name: getattr(inputs, name) for name in names}
-    for which, name in ((FIRST, "exp_avg"), (SECOND, "exp_avg_sq")):
-        if isinstance(values[name], Moment):
-            values[name] = load_reference(values[name], which)
-    return replace(inputs, **{name: value.double() for name, value in values.items()})
-
-
-def _update(operation: Callable[..., None], inputs: UpdateInputs, rounded: bool) -> Outputs:
-    settings = dict(num_decayed=inputs.num_decayed, gradient_scale=inputs.gradient_scale)
-    operation(*inputs.tensors(), **settings, **kernel_peers.ADAMW_SETTINGS)
-    outputs = kernel_peers.update_outputs(inputs)
-    return {name: outputs[name] for name in ("weights", "master")} if rounded else outputs
+    values = vars(inputs) | {
+        name: load_reference(getattr(inputs, name), which)
+        for which, name in ((FIRST, "exp_avg"), (SECOND, "exp_avg_sq"))
+        if isinstance(getattr(inputs, name), Moment)
+    }
+    return UpdateInputs(**{name: value.double() if name != "num_decayed" else value for name, value in values.items()})
 
 
 def sum_of_squares_cases(device: torch.device, quick: bool) -> list[Case]:
-    def case(size: int) -> Case:
-        def make_inputs() -> Tensor:
-            torch.manual_seed(0)
-            return torch.randn(size, device=device)
+    def make_inputs(size: int) -> Tensor:
+        torch.manual_seed(0)
+        return torch.randn(size, device=device)
 
-        return Case(
+    return [
+        Case(
             operation="sum_of_squares",
             shape=dict(n=size),
-            make_inputs=make_inputs,
-            expected=lambda gradient: {"sum": gradient.double().square().sum()},
-            plain=lambda gradient: {"sum": torch.linalg.vector_norm(gradient, dtype=torch.float64) ** 2},
+            make_inputs=partial(make_inputs, size),
+            reference=lambda gradient, exact: {"sum": gradient.double().square().sum()},
             ours=(Contender("ours", lambda gradient: {"sum": sum_of_squares(gradient)}, num_bytes=4 * size),),
-            floors=(),
             peers=kernel_peers.SUM_OF_SQUARES,
-            flops=0,
-            targets=(Target(BANDWIDTH, 1 / 0.85),),
+            targets=NEAR_BANDWIDTH,
         )
-
-    return [case(size) for size in (QUICK_NUM_PARAMETERS if quick else NUM_PARAMETERS)[device.type]]
+        for size in _num_parameters(device, quick)
+    ]
 
 
 def fp8_cases(device: torch.device, quick: bool) -> list[Case]:
@@ -167,40 +159,36 @@ def fp8_cases(device: torch.device, quick: bool) -> list[Case]:
         torch.manual_seed(0)
         return torch.randn(outputs, features, dtype=torch.bfloat16, device=device)
 
+    def weight() -> BlockScaled:
+        return quantize_reference(numbers(), BLOCK)
+
     def parts(q: BlockScaled) -> Outputs:
         return {"data": q.data, "scale": q.scale}
 
-    def case(what: str, num_bytes: int, make_inputs, run: Callable[..., Outputs], reference: Callable[[], Outputs]):
+    def case(what: str, num_bytes: int, make_inputs: Callable, run: Callable, reference: Callable) -> Case:
         return Case(
             operation="fp8",
             shape=dict(what=what, R=outputs, C=features),
             make_inputs=make_inputs,
-            expected=lambda _: {name: output.double() for name, output in reference().items()},
-            plain=lambda _: reference(),
+            reference=lambda x, exact: {name: output.double() for name, output in reference(x).items()},
             ours=(Contender("ours", run, num_bytes=num_bytes * outputs * features),),
-            floors=(),
-            peers=(),
-            flops=0,
         )
 
-    def weight() -> BlockScaled:
-        return quantize_reference(numbers(), BLOCK)
+    def quantize_case(rows: int) -> Case:
+        return case(
+            *(f"quantize {rows}x{BLOCK}", 3, numbers),
+            *(lambda x: parts(quantize(x, rows)), lambda x: parts(quantize_reference(x, rows))),
+        )
 
     return [
-        *(
-            case(
-                f"quantize {rows}x{BLOCK}",
-                *(3, numbers, lambda x, rows=rows: parts(quantize(x, rows))),
-                lambda rows=rows: parts(quantize_reference(numbers(), rows)),
-            )
-            for rows in (1, BLOCK)
-        ),
+        quantize_case(1),
+        quantize_case(BLOCK),
         case(
-            "dequantize",
-            *(3, weight, lambda q: {"numbers": dequantize(q, torch.bfloat16)}),
-            lambda: {"numbers": dequantize_reference(weight(), torch.bfloat16)},
+            *("dequantize", 3, weight),
+            lambda q: {"numbers": dequantize(q, torch.bfloat16)},
+            lambda q: {"numbers": dequantize_reference(q, torch.bfloat16)},
         ),
-        case("transpose", 2, weight, lambda q: parts(transpose(q)), lambda: parts(transpose_reference(weight()))),
+        case("transpose", 2, weight, lambda q: parts(transpose(q)), lambda q: parts(transpose_reference(q))),
     ]
 
 
@@ -215,22 +203,16 @@ def frozen_linear_cases(device: torch.device, quick: bool) -> list[Case]:
     def cublas(inputs: LinearInputs) -> Outputs:
         return {"y": inputs.x.detach() @ inputs.weight_bf16.T, "grad_x": inputs.grad @ inputs.weight_bf16}
 
-    def case(outputs: int, features: int) -> Case:
-        tokens = NUM_TOKENS[device.type]
-        return Case(
-            operation="frozen_linear",
-            shape=dict(M=tokens, N=outputs, K=features),
-            make_inputs=partial(_linear_inputs, tokens, outputs, features, device),
-            expected=partial(_plain_linear, dtype=torch.float64),
-            plain=partial(_plain_linear, dtype=torch.float32),
-            ours=(Contender("ours", run),),
-            floors=(Contender(CUBLAS, cublas),),
-            peers=kernel_peers.FROZEN_LINEAR,
-            flops=4 * tokens * features * outputs,
-            targets=(Target(CUBLAS, 1 / 1.5),),
-        )
-
-    return [case(*linear) for linear in LINEARS[device.type]]
+    return _at_all_linears(
+        device,
+        "frozen_linear",
+        products=2,
+        reference=_plain_linear,
+        ours=(Contender("ours", run),),
+        floors=(Contender(CUBLAS, cublas),),
+        peers=kernel_peers.FROZEN_LINEAR,
+        targets=(Target(CUBLAS, 1 / 1.5),),
+    )
 
 
 def frozen_linear_dgrad_cases(device: torch.device, quick: bool) -> list[Case]:
@@ -246,24 +228,30 @@ def frozen_linear_dgrad_cases(device: torch.device, quick: bool) -> list[Case]:
     def dequantized(inputs: LinearInputs) -> Outputs:
         return {"grad_x": inputs.grad @ dequantize(inputs.weight, inputs.grad.dtype)}
 
-    def case(outputs: int, features: int) -> Case:
-        tokens = NUM_TOKENS[device.type]
-        return Case(
-            operation="frozen_linear_dgrad",
+    return _at_all_linears(
+        device,
+        "frozen_linear_dgrad",
+        products=1,
+        reference=lambda inputs, exact: {"grad_x": _plain_linear(inputs, exact)["grad_x"]},
+        ours=(Contender("transpose, then multiply", transposed), Contender("transpose in the registers", as_view)),
+        floors=(Contender(CUBLAS, lambda inputs: {"grad_x": inputs.grad @ inputs.weight_bf16}),),
+        peers=(Contender("dequantise, cuBLAS in bf16", dequantized),),  # does not round the gradient to FP8
+    )
+
+
+def _at_all_linears(device: torch.device, operation: str, products: int, **parts: Any) -> list[Case]:
+    """Args: products: matrix products of M x N x K in the operation."""
+    tokens = NUM_TOKENS[device.type]
+    return [
+        Case(
+            operation=operation,
             shape=dict(M=tokens, N=outputs, K=features),
             make_inputs=partial(_linear_inputs, tokens, outputs, features, device),
-            expected=lambda inputs: {"grad_x": _plain_linear(inputs, torch.float64)["grad_x"]},
-            plain=lambda inputs: {"grad_x": _plain_linear(inputs, torch.float32)["grad_x"]},
-            ours=(
-                Contender("transpose, then multiply", transposed),
-                Contender("transpose in the registers", as_view),
-            ),
-            floors=(Contender(CUBLAS, lambda inputs: {"grad_x": inputs.grad @ inputs.weight_bf16}),),
-            peers=(Contender("dequantise, cuBLAS in bf16", dequantized),),  # does not round the gradient to FP8
-            flops=2 * tokens * features * outputs,
+            flops=products * 2 * tokens * features * outputs,
+            **parts,
         )
-
-    return [case(*linear) for linear in LINEARS[device.type]]
+        for outputs, features in LINEARS[device.type]
+    ]
 
 
 def _linear_inputs(tokens: int, outputs: int, features: int, device: torch.device) -> LinearInputs:
@@ -280,9 +268,10 @@ def _linear_inputs(tokens: int, outputs: int, features: int, device: torch.devic
     )
 
 
-def _plain_linear(inputs: LinearInputs, dtype: torch.dtype) -> Outputs:
-    """On the operands as rounded to FP8, in plain PyTorch; fp32 results are rounded as ours are."""
+def _plain_linear(inputs: LinearInputs, exact: bool) -> Outputs:
+    """On the operands as rounded to FP8, in plain PyTorch in fp64 or fp32; fp32 results are rounded as ours are."""
+    dtype = torch.float64 if exact else torch.float32
     x, grad = (dequantize_reference(quantize_reference(t.detach(), 1), dtype) for t in (inputs.x, inputs.grad))
     weight = dequantize_reference(quantize_reference(inputs.original, BLOCK), dtype)
-    result = torch.float64 if dtype == torch.float64 else inputs.x.dtype
+    result = torch.float64 if exact else inputs.x.dtype
     return {"y": (x @ weight.T).to(result), "grad_x": (grad @ weight).to(result)}

@@ -34,134 +34,118 @@ def head_token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: 
     return token_losses(F.linear(hidden, weight), targets, softcap)
 
 
-@functools.cache
-def compiled(function: Callable, device_type: str) -> Callable:
+def compiled(function: Callable) -> Callable:
     """By torch.compile, anew for every shape; on a CPU, where times mean nothing, without the C++ compiler."""
-    torch._dynamo.config.recompile_limit = 256  # beyond it torch.compile goes on uncompiled, in silence
-    return torch.compile(function, dynamic=False, backend="inductor" if device_type == "cuda" else "aot_eager")
+
+    @functools.cache
+    def on(device_type: str) -> Callable:
+        torch._dynamo.config.recompile_limit = 256  # beyond it torch.compile goes on uncompiled, in silence
+        return torch.compile(function, dynamic=False, backend="inductor" if device_type == "cuda" else "aot_eager")
+
+    return lambda first, *args, **keywords: on(first.device.type)(first, *args, **keywords)
 
 
-def refuse_softcap(inputs: Any) -> None:
-    if inputs.softcap is not None:
+def refuse_softcap(softcap: float | None) -> None:
+    if softcap is not None:
         raise Unsupported("has no softcap")
 
 
-def _from_logits(losses: Callable[[Any, Tensor], Tensor]) -> Callable[[Any], Outputs]:
-    """The contender's `run` of a function of (inputs, logits) -> token losses."""
+def _from_logits(losses: Callable[[Tensor, Tensor, float | None], Tensor]) -> Callable[[Any], Outputs]:
+    """The contender's `run` of a function of (logits, targets, softcap) -> token losses."""
 
     def run(inputs: Any) -> Outputs:
         logits = inputs.logits.detach().requires_grad_()
-        per_token = losses(inputs, logits)
+        per_token = losses(logits, inputs.targets, inputs.softcap)
         (grad,) = torch.autograd.grad(per_token, logits, inputs.loss_coef.to(per_token.dtype))
         return {"token_losses": per_token.detach(), "grad_logits": grad}
 
     return run
 
 
-def _eager_cross_entropy(inputs: Any, logits: Tensor) -> Tensor:
-    return token_losses(logits, inputs.targets, inputs.softcap)
-
-
-def _compiled_cross_entropy(inputs: Any, logits: Tensor) -> Tensor:
-    return compiled(token_losses, logits.device.type)(logits, inputs.targets, inputs.softcap)
-
-
-def _liger_cross_entropy(inputs: Any, logits: Tensor) -> Tensor:
+def _liger_cross_entropy(logits: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
     """Writes the gradient over the logits, and multiplies by the coefficients in a pass of its own."""
     from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
 
-    arguments = (None, -100, 0.0, 0.0, "none", inputs.softcap)  # class weights, ignore_index, z-loss, smoothing
-    return LigerCrossEntropyFunction.apply(logits, inputs.targets, *arguments)[0]
+    arguments = (None, -100, 0.0, 0.0, "none", softcap)  # class weights, ignore_index, z-loss, smoothing
+    return LigerCrossEntropyFunction.apply(logits, targets, *arguments)[0]
 
 
-def _quack_cross_entropy(inputs: Any, logits: Tensor) -> Tensor:
+def _quack_cross_entropy(logits: Tensor, targets: Tensor, softcap: float | None, over_logits: bool = False) -> Tensor:
+    """Args: over_logits: write the gradient over them."""
     from quack.cross_entropy import cross_entropy
 
-    refuse_softcap(inputs)
-    return cross_entropy(logits, inputs.targets, reduction="none")
+    refuse_softcap(softcap)
+    return cross_entropy(logits, targets, reduction="none", **({"inplace_backward": True} if over_logits else {}))
 
 
 CROSS_ENTROPY = (
-    Contender("torch", _from_logits(_eager_cross_entropy)),
-    Contender("torch.compile", _from_logits(_compiled_cross_entropy)),
+    Contender("torch", _from_logits(token_losses)),
+    Contender("torch.compile", _from_logits(compiled(token_losses))),
     Contender("Liger", _from_logits(_liger_cross_entropy)),
     Contender("QuACK", _from_logits(_quack_cross_entropy)),
 )
 
 
-def _from_hidden(losses: Callable[[Any], Tensor]) -> Callable[[Any], Outputs]:
-    """The contender's `run` of a function of inputs -> token losses."""
+def trained(inputs: Any) -> list[Tensor]:
+    """What the head's loss is differentiated by."""
+    return [inputs.hidden, *([inputs.weight] if inputs.weight.requires_grad else [])]
+
+
+def _from_hidden(losses: Callable[[Tensor, Tensor, Tensor, float | None], Tensor]) -> Callable[[Any], Outputs]:
+    """The contender's `run` of a function of (hidden, weight, targets, softcap) -> token losses."""
 
     def run(inputs: Any) -> Outputs:
-        per_token = losses(inputs)
+        per_token = losses(inputs.hidden, inputs.weight, inputs.targets, inputs.softcap)
         loss = (inputs.loss_coef * per_token).sum()
-        wanted = [inputs.hidden, *([inputs.weight] if inputs.weight.requires_grad else [])]
-        grads = torch.autograd.grad(loss, wanted)
-        outputs = {"loss": loss, "token_losses": per_token.detach()}
-        return outputs | dict(zip(GRADIENTS, grads, strict=False))
+        grads = torch.autograd.grad(loss, trained(inputs))
+        return {"loss": loss, "token_losses": per_token.detach(), **dict(zip(GRADIENTS, grads, strict=False))}
 
     return run
 
 
-def _eager_head(inputs: Any) -> Tensor:
-    return head_token_losses(inputs.hidden, inputs.weight, inputs.targets, inputs.softcap)
-
-
-def _compiled_head(inputs: Any) -> Tensor:
-    function = compiled(head_token_losses, inputs.hidden.device.type)
-    return function(inputs.hidden, inputs.weight, inputs.targets, inputs.softcap)
-
-
-def _torch_linear_cross_entropy(inputs: Any, tokens_per_chunk: int | None = None) -> Tensor:
+def _torch_linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, tokens_per_chunk: int | None = None
+) -> Tensor:
     """In chunks of tokens, its own choice of some hundreds or ours. Its token losses are bf16."""
     if not hasattr(F, "linear_cross_entropy"):
         raise Unsupported(f"torch {torch.__version__} does not have it")
-    refuse_softcap(inputs)
+    refuse_softcap(softcap)
     chunks = {} if tokens_per_chunk is None else dict(batch_chunk_size=tokens_per_chunk, chunking_method=None)
     options = torch.nn.LinearCrossEntropyOptions(**chunks)
-    return F.linear_cross_entropy(inputs.hidden, inputs.weight, inputs.targets, reduction="none", options=options)
+    return F.linear_cross_entropy(hidden, weight, targets, reduction="none", options=options)
 
 
-def _liger_head(inputs: Any) -> Tensor:
+def _liger_head(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
     """With the weight's gradient added up in fp32 over its chunks, as it should be."""
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
-    arguments = (None, None, -100, 0.0, 0.0, "none", inputs.softcap, False, torch.float32)
-    return LigerFusedLinearCrossEntropyFunction.apply(inputs.hidden, inputs.weight, inputs.targets, *arguments)[0]
+    arguments = (None, None, -100, 0.0, 0.0, "none", softcap, False, torch.float32)
+    return LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, targets, *arguments)[0]
 
 
-def _cut_cross_entropy_head(inputs: Any) -> Tensor:
+def _cut_cross_entropy_head(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
     """Every gradient computed. By default it leaves out blocks of small ones, as many as the model is sure of itself:
     a saving that random numbers cannot show."""
     from cut_cross_entropy import linear_cross_entropy
 
-    return linear_cross_entropy(
-        inputs.hidden, inputs.weight, inputs.targets, softcap=inputs.softcap, reduction="none", filter_eps=None
-    )
+    return linear_cross_entropy(hidden, weight, targets, softcap=softcap, reduction="none", filter_eps=None)
 
 
-def _quack_head(inputs: Any) -> Tensor:
+def _quack_head(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
     """cuBLAS, and its cross-entropy on the logits of all tokens, with the gradient written over them."""
-    from quack.cross_entropy import cross_entropy
-
-    refuse_softcap(inputs)
-    logits = F.linear(inputs.hidden, inputs.weight)
-    return cross_entropy(logits, inputs.targets, reduction="none", inplace_backward=True)
+    return _quack_cross_entropy(F.linear(hidden, weight), targets, softcap, over_logits=True)
 
 
-def _quack_chunked_head(inputs: Any) -> Tensor:
+def _quack_chunked_head(*_: Any) -> Tensor:
     raise Unsupported("its reduction is mean or sum: no coefficient per token")
 
 
+_torch_in_large_chunks = partial(_torch_linear_cross_entropy, tokens_per_chunk=4096)
 HEAD_LOSS = (
-    Contender("torch", _from_hidden(_eager_head)),
-    Contender("torch.compile", _from_hidden(_compiled_head)),
+    Contender("torch", _from_hidden(head_token_losses)),
+    Contender("torch.compile", _from_hidden(compiled(head_token_losses))),
     Contender("torch linear_cross_entropy", _from_hidden(_torch_linear_cross_entropy), recomputes=True),
-    Contender(
-        "the same, chunks of 4,096",
-        _from_hidden(partial(_torch_linear_cross_entropy, tokens_per_chunk=4096)),
-        recomputes=True,
-    ),
+    Contender("the same, chunks of 4,096", _from_hidden(_torch_in_large_chunks), recomputes=True),
     Contender("Liger", _from_hidden(_liger_head), recomputes=True),
     Contender("cut-cross-entropy", _from_hidden(_cut_cross_entropy_head), recomputes=True),
     Contender("QuACK, unfused", _from_hidden(_quack_head)),
@@ -169,34 +153,33 @@ HEAD_LOSS = (
 )
 
 
-def index_add_sums(inputs: Any) -> Outputs:
+def _index_add_sums(inputs: Any) -> Outputs:
     sums = torch.zeros(inputs.num_ids, dtype=torch.float64, device=inputs.values.device)
     return {"sums": sums.index_add_(0, inputs.ids, inputs.values.double() * inputs.coefs)}
 
 
+SUMS_BY_ID = (Contender("torch index_add_ (atomics)", _index_add_sums),)
+
 ADAMW_SETTINGS = dict(step=10, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+UPDATED = ("weights", "master", "exp_avg", "exp_avg_sq")
 
 
 def update_outputs(inputs: Any) -> Outputs:
-    return {name: getattr(inputs, name) for name in ("weights", "master", "exp_avg", "exp_avg_sq")}
+    return {name: getattr(inputs, name) for name in UPDATED}
+
+
+def update(operation: Callable[..., None], inputs: Any) -> Outputs:
+    """By a function that is called as `adamw_update` is."""
+    tensors = (inputs.weights, inputs.master, inputs.gradient, inputs.exp_avg, inputs.exp_avg_sq)
+    operation(*tensors, num_decayed=inputs.num_decayed, gradient_scale=inputs.gradient_scale, **ADAMW_SETTINGS)
+    return update_outputs(inputs)
 
 
 def _decay_groups(inputs: Any) -> list[tuple[float, list[Tensor]]]:
     """(weight decay, [master, gradient, exp_avg, exp_avg_sq, weights]) of the parameters with and without decay."""
     tensors = (inputs.master, inputs.gradient, inputs.exp_avg, inputs.exp_avg_sq, inputs.weights)
-    decayed, others = slice(inputs.num_decayed), slice(inputs.num_decayed, None)
-    decay = ADAMW_SETTINGS["weight_decay"]
-    return [(decay, [tensor[decayed] for tensor in tensors]), (0.0, [tensor[others] for tensor in tensors])]
-
-
-def _eager_adamw(inputs: Any, update: Callable[..., None] = adamw_update_reference) -> Outputs:
-    tensors = (inputs.weights, inputs.master, inputs.gradient, inputs.exp_avg, inputs.exp_avg_sq)
-    update(*tensors, num_decayed=inputs.num_decayed, gradient_scale=inputs.gradient_scale, **ADAMW_SETTINGS)
-    return update_outputs(inputs)
-
-
-def _compiled_adamw(inputs: Any) -> Outputs:
-    return _eager_adamw(inputs, compiled(adamw_update_reference, inputs.master.device.type))
+    groups = (ADAMW_SETTINGS["weight_decay"], slice(inputs.num_decayed)), (0.0, slice(inputs.num_decayed, None))
+    return [(decay, [tensor[part] for tensor in tensors]) for decay, part in groups]
 
 
 def _torch_adamw(inputs: Any, fused: bool) -> Outputs:
@@ -234,19 +217,21 @@ def _transformer_engine_adamw(inputs: Any) -> Outputs:
 
 
 ADAMW = (
-    Contender("torch", _eager_adamw),
-    Contender("torch.compile", _compiled_adamw),
+    Contender("torch", partial(update, adamw_update_reference)),
+    Contender("torch.compile", partial(update, compiled(adamw_update_reference))),
     Contender("torch, foreach, and a cast", partial(_torch_adamw, fused=False)),
     Contender("torch, fused, and a cast", partial(_torch_adamw, fused=True)),
     Contender("Transformer Engine", _transformer_engine_adamw),
 )
 
+
+def _vector_norm(dtype: torch.dtype) -> Callable[[Tensor], Outputs]:
+    return lambda gradient: {"sum": torch.linalg.vector_norm(gradient, dtype=dtype) ** 2}
+
+
 SUM_OF_SQUARES = (
-    Contender("torch vector_norm in fp32", lambda gradient: {"sum": torch.linalg.vector_norm(gradient) ** 2}),
-    Contender(
-        "torch vector_norm in fp64",
-        lambda gradient: {"sum": torch.linalg.vector_norm(gradient, dtype=torch.float64) ** 2},
-    ),
+    Contender("torch vector_norm in fp32", _vector_norm(torch.float32)),
+    Contender("torch vector_norm in fp64", _vector_norm(torch.float64)),
 )
 
 
@@ -279,10 +264,6 @@ def gated_activation_outputs(operation: Callable[[Tensor, str], Tensor], inputs:
     return {"result": result.detach(), "grad_gate_and_up": gradient}
 
 
-def _compiled_gated_activation(gate_and_up: Tensor, activation: str) -> Tensor:
-    return compiled(plain_gated_activation, gate_and_up.device.type)(gate_and_up, activation)
-
-
 def _liger_gated_activation(gate_and_up: Tensor, activation: str) -> Tensor:
     """Takes gate and up apart, in memory of their own."""
     from liger_kernel.ops.geglu import LigerGELUMulFunction
@@ -294,6 +275,6 @@ def _liger_gated_activation(gate_and_up: Tensor, activation: str) -> Tensor:
 
 GATED_ACTIVATION = (
     Contender("torch", partial(gated_activation_outputs, plain_gated_activation)),
-    Contender("torch.compile", partial(gated_activation_outputs, _compiled_gated_activation)),
+    Contender("torch.compile", partial(gated_activation_outputs, compiled(plain_gated_activation))),
     Contender("Liger", partial(gated_activation_outputs, _liger_gated_activation)),
 )

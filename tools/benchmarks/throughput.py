@@ -18,12 +18,11 @@ from megatron_scalebio.plan.memory import GIB
 from megatron_scalebio.plan.planner import Plan, draws_of, make_plan
 from megatron_scalebio.plan.seconds import H100, device_of
 from megatron_scalebio.trainer import Trainer
+from tools.benchmarks.environment import environment
 from tools.benchmarks.throughput_compare import compare, comparison_lines
 from tools.benchmarks.throughput_report import (
     against_plan,
-    environment,
     log_line,
-    name_of,
     peak_of,
     results_of,
     summary_lines,
@@ -57,7 +56,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     config.bilevel.steps = max(config.bilevel.steps, last_timed + num_split + 2 * (FLUSH_PAIRS + 1))
     device = choose_device(config.run.device)
     content = {
-        "environment": environment(device, name_of(device), world_size()),
+        "environment": environment(device, args.settings, world_size()),
         "config": to_dict(config),
         "run": {
             "data": "synthetic" if args.synthetic else "the configuration's own",

@@ -1,15 +1,9 @@
 """What the numbers of a throughput run are, say and compare to: rates, utilisation, tables, Megatron-LM's log line."""
 
-import os
-import platform
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +15,6 @@ from megatron_scalebio.plan.planner import Plan
 from megatron_scalebio.plan.seconds import H100, H200
 from tools.benchmarks.throughput_run import Step
 from tools.benchmarks.throughput_split import PARTS
-
-PACKAGES = ("torch", "megatron-core", "triton", "transformer-engine", "flash-attn", "apex")
 
 # Dense TFLOP/s by the operands' type, by torch's name of the device. NVIDIA's data sheets of A100, H100, GH200, H200
 # and HGX B200; those from Hopper on print FLOPs with sparsity, twice these.
@@ -61,50 +53,6 @@ def peak_of(device: torch.device, device_name: str, given: float | None) -> Peak
     if device_name not in PEAKS:
         return Peak("none", {}, f"no peak is known of {device_name}; --peak-tflops gives one")
     return Peak(f"{device_name}, dense, NVIDIA's data sheet", PEAKS[device_name])
-
-
-def environment(device: torch.device, device_name: str, world_size: int) -> dict[str, Any]:
-    """What a number needs beside it to mean something."""
-    cuda = {"cuda": torch.version.cuda, "nccl": ".".join(map(str, torch.cuda.nccl.version()))} if _on(device) else {}
-    return {
-        "device": device_name,
-        "world_size": world_size,
-        "commit": _commit(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "date": datetime.now().isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}, **cuda},
-    }
-
-
-def _on(device: torch.device) -> bool:
-    return device.type == "cuda"
-
-
-def name_of(device: torch.device) -> str:
-    """As torch names a GPU; a CPU by its architecture, cores and threads."""
-    if _on(device):
-        return torch.cuda.get_device_name(device)
-    return f"CPU {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads per rank"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _commit() -> str:
-    """HEAD, and whether anything differs from it."""
-    commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain"])
-    try:
-        head, changes = (
-            subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout
-            for command in commands
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown: no git repository here"
-    return head.strip() + (" and uncommitted changes" if changes else "")
 
 
 def results_of(steps: Sequence[Step], config: Config, vocab_size: int, world_size: int, peak: Peak) -> dict[str, Any]:

@@ -1,24 +1,19 @@
-"""Times of device work, and the ceilings they are held against, measured on the same device in the same run."""
+"""Times of a device's work and of whole steps, and the ceilings they are held against, measured in the same run."""
 
 import functools
-import os
-import platform
 import statistics
-import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 WARM_UPS = 3
 FEWEST_RUNS, MOST_RUNS = 5, 100
 FLUSH_BYTES = 256 * 2**20  # several times the L2 cache of any GPU so far (Hopper: 50 MB)
 COPY_BYTES = {"cuda": 2 * 2**30, "cpu": 64 * 2**20}  # of the buffer that is copied
 GEMM_SIZE = {"cuda": 8192, "cpu": 512}
-PEERS = ("liger-kernel", "cut-cross-entropy", "quack-kernels", "transformer-engine")
 
 
 @dataclass(frozen=True)
@@ -47,10 +42,14 @@ def measure(call: Callable[[], object], device: torch.device, seconds: float) ->
     """
     milliseconds = _cuda_milliseconds if device.type == "cuda" else _host_milliseconds
     estimate = milliseconds(call, WARM_UPS)[-1]
-    runs = min(max(int(1e3 * seconds / estimate), FEWEST_RUNS), MOST_RUNS)
-    times = milliseconds(call, runs)
-    deciles = statistics.quantiles(times, n=10, method="inclusive")
-    return Times(statistics.median(times), deciles[0], deciles[-1], runs)
+    times = milliseconds(call, min(max(int(1e3 * seconds / estimate), FEWEST_RUNS), MOST_RUNS))
+    return Times(statistics.median(times), *outer_deciles(times), len(times))
+
+
+def outer_deciles(values: Sequence[float]) -> tuple[float, float]:
+    """The 10th and the 90th percentile; of a single value, that value."""
+    deciles = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else values
+    return deciles[0], deciles[-1]
 
 
 def _cuda_milliseconds(call: Callable[[], object], runs: int) -> list[float]:
@@ -74,6 +73,35 @@ def _host_milliseconds(call: Callable[[], object], runs: int) -> list[float]:
     return times
 
 
+def seconds_of(action: Callable[[], object], device: torch.device) -> float:
+    """Wall time of an action that all ranks take together, on the slowest one, the device's work included."""
+    dist.barrier()
+    torch.cuda.synchronize()  # does nothing on the CPU, where Megatron-Core's seam stands in for it
+    started = time.perf_counter()
+    action()
+    torch.cuda.synchronize()
+    elapsed = torch.tensor(time.perf_counter() - started, device=device)
+    dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)
+    return elapsed.item()
+
+
+def measure_in_turn(
+    first: Callable[[], object], second: Callable[[], object], device: torch.device, pairs: int
+) -> dict[str, float]:
+    """Median seconds of both, and median, least and greatest ratio first / second, pair by pair, after a warm-up."""
+    first(), second()
+    times = [(seconds_of(first, device), seconds_of(second, device)) for _ in range(pairs)]
+    ratios = [a / b for a, b in times]
+    return {
+        "first_seconds": statistics.median(a for a, _ in times),
+        "second_seconds": statistics.median(b for _, b in times),
+        "ratio": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "pairs": pairs,
+    }
+
+
 def measure_ceilings(device: torch.device, seconds: float) -> Ceilings:
     """On random numbers: zeros can make a GPU faster than it is."""
     source = torch.randn(COPY_BYTES[device.type] // 4, device=device)
@@ -89,33 +117,3 @@ def release_memory(device: torch.device) -> None:
     """Give cached memory back, so that the next contender finds the device as the first one did."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def environment(device: torch.device, command: str) -> dict[str, str | None]:
-    """What a number needs beside it to mean something."""
-    if device.type == "cuda":
-        name = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
-    else:
-        name = f"CPU {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    versions = {package: _installed_version(package) for package in ("torch", "triton", *PEERS)}
-    return {"command": command, "commit": _commit(), "device": name, **versions}
-
-
-def _installed_version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _commit() -> str:
-    """HEAD, and whether the kernels or their benchmark differ from it."""
-    commands = (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain", "--", "kernels", "tools/*.py"])
-    try:
-        head, changes = (
-            subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]).stdout
-            for command in commands
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown: no git repository here"
-    return head.strip() + (" and uncommitted changes" if changes else "")
