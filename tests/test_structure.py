@@ -11,7 +11,7 @@ PACKAGE = "megatron_scalebio"
 
 # Low to high; a unit imports from lower floors and from itself. A unit is a module or a folder of the package.
 FLOORS = (
-    ("__init__", "config", "families"),
+    ("__init__", "config", "families", "spans"),
     ("kernels", "device", "rules"),
     ("losses", "source_weights"),
     ("active_layers", "data", "hf"),
@@ -27,11 +27,11 @@ FLOORS = (
 # The same inside a folder, whose modules are told apart; `__init__` may import them all.
 INNER_FLOORS = {
     "config": (("errors", "settings"), ("loading",)),
-    "plan": (("sizes",), ("memory", "flops"), ("seconds",), ("planner",), ("search", "machine"), ("report",)),
-    "show": (("charts", "console"), ("metrics",), ("report",)),
+    "plan": (("sizes",), ("memory", "flops"), ("seconds",), ("planner", "peaks"), ("search", "machine"), ("report",)),
+    "show": (("charts", "record", "step_trace"), ("console", "metrics"), ("writers", "report")),
     "data": (("batch", "records", "tokenizers"), ("templates",), ("dataset",), ("packing",), ("sampler",)),
     "mcore": (
-        ("attention", "host_masters", "memory_tracker", "process_groups", "te_linear"),
+        ("attention", "host_masters", "memory_tracker", "process_groups", "schedule_spans", "te_linear"),
         ("linear", "parameters"),
         ("recompute", "weight_store"),
         ("active_set", "layers"),

@@ -129,6 +129,7 @@ class RunConfig:
     export: bool = True  # the upper model as a Hugging Face checkpoint in output_dir/hf, at the end
     export_dtype: str | None = None  # bf16 | fp32; None: as precision.compute
     export_shard_gb: float = 5.0  # largest file of the export, in 10^9 bytes
+    profile: Any = None  # {steps: [first, last]}: a trace of these steps in output_dir/profile; None: none
 
 
 @dataclass

@@ -31,7 +31,7 @@ def golden_run(data: str) -> list[dict]:
     trainer = Trainer(config, load_dataset(config))
     records = []
     for _ in range(STEPS):
-        record = trainer.record(*trainer.take_step())
+        record = trainer.record(*trainer.take_step()).to_dict()
         records.append({key: record[key] for key in KEYS})
     return records
 
