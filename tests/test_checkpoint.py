@@ -178,8 +178,9 @@ def cut_state(checkpoint: Path) -> None:
 
 
 def content(path: Path) -> list[dict] | bytes:
-    """A file's bytes; of metrics.jsonl the records without what a clock decides."""
+    """A file's bytes; of metrics.jsonl the records without what the machine decides."""
     if path.suffix != ".jsonl":
         return path.read_bytes()
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{key: value for key, value in record.items() if key != "step_seconds"} for record in records]
+    measured = {"step_seconds", "tokens_per_second", "tflops_per_gpu", "mfu", "peak_memory_bytes"}
+    return [{key: value for key, value in record.items() if key not in measured} for record in records]

@@ -68,7 +68,7 @@ class MetricsFiles:
         self.folder = Path(config.run.output_dir)
 
     def open(self) -> None:
-        self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
 
     def record(self, record: StepRecord, summary: dict[str, Any]) -> None:
         """On disk, flushed, before it returns."""

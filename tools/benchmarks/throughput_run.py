@@ -3,14 +3,15 @@
 T positions of a micro-batch.
 """
 
+import json
 import os
-import resource
-import sys
+import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_scalebio.active_layers import Role
 from megatron_scalebio.config import Config, SourceConfig, UserError, given_settings, load_config
-from megatron_scalebio.data import Dataset, Example, MicroBatch, load_dataset
+from megatron_scalebio.data import Dataset, Example, load_dataset
+from megatron_scalebio.data.batch import Rows
 from megatron_scalebio.data.tokenizers import BytesTokenizer
+from megatron_scalebio.device import peak_memory
 from megatron_scalebio.hf import adopt_checkpoint, check_checkpoint, read_shape
 from megatron_scalebio.mcore.parameters import NamedParameter
-from megatron_scalebio.plan.flops import Flops, Work, step_flops, work_of
+from megatron_scalebio.plan.flops import Flops, Work, batch_flops, work_of_rows
 from megatron_scalebio.plan.seconds import Device, predict_step, stage_loads
 from megatron_scalebio.rules import check_config
+from megatron_scalebio.show.record import StepRecord
+from megatron_scalebio.spans import Span, profiler, span
 from megatron_scalebio.trainer import Trainer
-from tools.benchmarks.throughput_split import Stopwatch
+from tools.benchmarks.throughput_split import seconds_by_part
 
 SYNTHETIC_EXAMPLES = 256  # of each source
 SYNTHETIC_LENGTHS = (1 / 8, 3 / 8)  # least and greatest, of data.max_length
@@ -124,27 +128,8 @@ class Content:
     real: int  # positions that hold an example
     num_microbatches: int
 
-    def __add__(self, other: "Content") -> "Content":
-        return Content(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(Content)))
-
 
 EMPTY = Content(Work(0, 0, 0, 0), 0, 0)
-
-
-def content_of(micro_batches: Iterable[MicroBatch], window: int | None) -> Content:
-    """Counted from what is handed to the models. Every example carries loss, so a segment without it is padding.
-
-    Args:
-        window: the sliding window of the layers that have one.
-    """
-    total = EMPTY
-    for part in micro_batches:
-        ends = part.cu_seqlens.numpy()
-        loss_tokens = np.histogram(part.loss_positions.numpy(), ends)[0]
-        lengths = np.diff(ends)
-        work = work_of(lengths.tolist(), len(part.tokens), len(part.targets), window)
-        total += Content(work, int(lengths[loss_tokens > 0].sum()), 1)
-    return total
 
 
 @dataclass(frozen=True)
@@ -152,13 +137,11 @@ class Step:
     """One step that all ranks took together."""
 
     seconds: float  # the slowest rank's
-    own_seconds: float
     train: Content  # of all data-parallel ranks; read once, though both models run it
     validation: Content
     flops: Flops  # of all ranks
     redrew: bool
-    record: dict[str, Any]  # as in metrics.jsonl
-    parts: dict[str, float]  # this rank's seconds by part, where a watch was given
+    record: StepRecord  # this rank's
 
     @property
     def positions(self) -> int:
@@ -167,32 +150,36 @@ class Step:
         return models * self.train.work.positions + self.validation.work.positions
 
 
-def timed_step(trainer: Trainer, watch: Stopwatch | None = None) -> Step:
-    """Take a step and its record, as the trainer's loop does. The record reads the gradients' norms from the device,
-    so that the clock stops when the device is done."""
+def timed_step(trainer: Trainer) -> Step:
+    """Take a step and its record, as the trainer's loop does."""
     before = trainer.active_layers
-    started = time.perf_counter()
-    if watch is not None:
-        watch.start()
-    batch, result = trainer.take_step()
-    record = trainer.record(batch, result)
-    own = time.perf_counter() - started
-    parts = {} if watch is None else watch.stop()
+    with span(Span.STEP):
+        batch, result = trainer.take_step()
+        record = trainer.record(batch, result)
     config, groups = trainer.config, trainer.groups
-    contents = [content_of(part, config.model.shape.sliding_window) for part in (batch.train, batch.validation)]
-    first = groups.tensor_rank == 0 and groups.is_first_stage  # the other ranks of its replica hold the same examples
     everyone: list[Any] = [None] * groups.world_size
-    dist.all_gather_object(everyone, (own, contents if first else [EMPTY, EMPTY]))
-    train, validation = (sum(parts, EMPTY) for parts in zip(*(found for _, found in everyone), strict=True))
-    active = [trainer.active_layers[role] for role in (list(Role) if validation != EMPTY else [Role.UPPER])]
-    flops = step_flops(config, trainer.models.shape.vocab_size, active, train.work, validation.work)
-    slowest = max(seconds for seconds, _ in everyone)
-    return Step(slowest, own, train, validation, flops, trainer.active_layers != before, record, parts)
+    dist.all_gather_object(everyone, record.step_seconds)
+    window, replicas = config.model.shape.sliding_window, groups.data.size()
+
+    def content(rows: Rows, num_loss_tokens: int, num_microbatches: int) -> Content:
+        return Content(work_of_rows(rows, num_loss_tokens, window), sum(rows.examples), num_microbatches * replicas)
+
+    train = content(batch.train_rows, sum(batch.num_loss_tokens), len(batch.train))
+    validation = content(batch.validation_rows, batch.num_validation_loss_tokens, len(batch.validation))
+    active = [trainer.active_layers[role] for role in result.grad_norm]
+    flops = batch_flops(config, trainer.models.shape.vocab_size, active, batch)
+    return Step(max(everyone), train, validation, flops, trainer.active_layers != before, record)
 
 
-def reset_peak_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+def traced_step(trainer: Trainer) -> tuple[Step, Counter[str]]:
+    """Take a step under the profiler. Returns it and this rank's seconds by part."""
+    recorder = profiler(trainer.device)
+    with recorder:
+        step = timed_step(trainer)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.json"
+        recorder.export_chrome_trace(str(file))
+        return step, seconds_by_part(json.loads(file.read_text(encoding="utf-8"))["traceEvents"])
 
 
 def resident_bytes() -> int:
@@ -200,13 +187,11 @@ def resident_bytes() -> int:
     return psutil.Process().memory_info().rss
 
 
-def peak_memory(device: torch.device, resident_before: int) -> dict[str, int]:
+def measured_memory(device: torch.device, resident_before: int) -> dict[str, int]:
     """On CUDA the allocator's bytes at their most since the reset; on the CPU the process's, who never gives back."""
     if device.type == "cuda":
-        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-        return {"allocated_bytes": allocated, "reserved_bytes": reserved}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
-    return {"resident_bytes": peak, "resident_before_bytes": resident_before}
+        return {"allocated_bytes": peak_memory(device), "reserved_bytes": torch.cuda.max_memory_reserved(device)}
+    return {"resident_bytes": peak_memory(device), "resident_before_bytes": resident_before}
 
 
 def device_memory(device: torch.device) -> int | None:
