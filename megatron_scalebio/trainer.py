@@ -22,8 +22,7 @@ from megatron_scalebio.mcore.export import export_model
 from megatron_scalebio.mcore.models import MegatronModels
 from megatron_scalebio.mcore.parameters import NamedParameter
 from megatron_scalebio.mcore.process_groups import start_process_groups
-from megatron_scalebio.plan.flops import batch_flops
-from megatron_scalebio.plan.peaks import peak_flops
+from megatron_scalebio.plan.utilization import batch_flops, peak_flops
 from megatron_scalebio.show.record import StepRecord
 from megatron_scalebio.show.step_trace import StepTrace
 from megatron_scalebio.show.writers import MetricsWriter

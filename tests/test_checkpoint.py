@@ -19,7 +19,7 @@ from megatron_scalebio.trainer import Trainer
 from tests.distributed import run_distributed
 from tests.mcore.runs import SMALL_RUN, VOCAB_SIZE, random_examples, state_tensors
 
-NEVER = SimpleNamespace(agreed=lambda device: 0)
+NEVER = SimpleNamespace(agreed=lambda device, peak: (0, peak))
 RUN = (*SMALL_RUN, "run.save_every=1", "bilevel.steps=5", "run.eval_every=0", "precision.compute=bf16")
 MID_PERIOD, PERIOD_EDGE = 3, 4  # of periods of two steps
 TP2, PP2 = "parallel.tensor=2", "parallel.pipeline=2"

@@ -27,7 +27,10 @@ FLOORS = (
 # The same inside a folder, whose modules are told apart; `__init__` may import them all.
 INNER_FLOORS = {
     "config": (("errors", "settings"), ("loading",)),
-    "plan": (("sizes",), ("memory", "flops"), ("seconds",), ("planner", "peaks"), ("search", "machine"), ("report",)),
+    "plan": (
+        *(("sizes",), ("memory", "flops"), ("seconds",), ("planner", "utilization")),
+        *(("search", "machine"), ("report",)),
+    ),
     "show": (("charts", "record", "step_trace"), ("console", "metrics"), ("writers", "report")),
     "data": (("batch", "records", "tokenizers"), ("templates",), ("dataset",), ("packing",), ("sampler",)),
     "mcore": (

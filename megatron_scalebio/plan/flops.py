@@ -18,7 +18,6 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 
 from megatron_scalebio.config import Config, padded_vocab_size
-from megatron_scalebio.data.batch import Rows, StepBatch
 from megatron_scalebio.families import FAMILIES
 from megatron_scalebio.plan.sizes import head_size, linear_shapes, lowest_reached, model_parameters, stage_layers
 
@@ -72,11 +71,6 @@ def work_of(lengths: Iterable[int], positions: int, loss_tokens: int, window: in
     lengths = list(lengths)
     pairs = sum(causal_pairs(length, None) for length in lengths)
     return Work(positions, loss_tokens, pairs, sum(causal_pairs(length, window) for length in lengths))
-
-
-def work_of_rows(rows: Rows, loss_tokens: int, window: int | None) -> Work:
-    """The work of what all data-parallel ranks hold."""
-    return work_of([*rows.examples, *rows.padding], rows.num_positions, loss_tokens, window)
 
 
 def causal_pairs(length: int, window: int | None) -> int:
@@ -153,14 +147,6 @@ def step_flops(
     """
     total = sum((pass_flops(config, vocab_size, layers, train) for layers in active), Flops())
     return total + pass_flops(config, vocab_size, active[-1], validation) if len(active) > 1 else total
-
-
-def batch_flops(config: Config, vocab_size: int, active: Sequence[Collection[int]], batch: StepBatch) -> Flops:
-    """Of the step that takes this batch, as it is packed; `active` as in `step_flops`."""
-    window = config.model.shape.sliding_window
-    train = work_of_rows(batch.train_rows, sum(batch.num_loss_tokens), window)
-    validation = work_of_rows(batch.validation_rows, batch.num_validation_loss_tokens, window)
-    return step_flops(config, vocab_size, active, train, validation)
 
 
 def six_n_equivalent(config: Config, vocab_size: int, positions: int) -> int:

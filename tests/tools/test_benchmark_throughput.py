@@ -26,9 +26,9 @@ from megatron_scalebio.mcore import active_set, models
 from megatron_scalebio.mcore.layers import GatedMLP
 from megatron_scalebio.mcore.parameters import NamedParameter
 from megatron_scalebio.plan.flops import Work, step_flops
-from megatron_scalebio.plan.peaks import PEAKS
 from megatron_scalebio.plan.seconds import H100
 from megatron_scalebio.plan.sizes import model_parameters
+from megatron_scalebio.plan.utilization import PEAKS
 from megatron_scalebio.spans import Span
 from tests.distributed import run_distributed
 from tests.show.records import a_record

@@ -17,8 +17,8 @@ import torch
 from megatron_scalebio.config import Config
 from megatron_scalebio.plan.flops import Flops, six_n_equivalent
 from megatron_scalebio.plan.memory import GIB
-from megatron_scalebio.plan.peaks import PEAKS
 from megatron_scalebio.plan.planner import Plan
+from megatron_scalebio.plan.utilization import PEAKS
 from tools.benchmarks.throughput_run import Step
 from tools.benchmarks.throughput_split import PARTS
 

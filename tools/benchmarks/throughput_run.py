@@ -29,8 +29,9 @@ from megatron_scalebio.data.tokenizers import BytesTokenizer
 from megatron_scalebio.device import peak_memory
 from megatron_scalebio.hf import adopt_checkpoint, check_checkpoint, read_shape
 from megatron_scalebio.mcore.parameters import NamedParameter
-from megatron_scalebio.plan.flops import Flops, Work, batch_flops, work_of_rows
+from megatron_scalebio.plan.flops import Flops, Work
 from megatron_scalebio.plan.seconds import Device, predict_step, stage_loads
+from megatron_scalebio.plan.utilization import batch_flops, work_of_rows
 from megatron_scalebio.rules import check_config
 from megatron_scalebio.show.record import StepRecord
 from megatron_scalebio.spans import Span, profiler, span
