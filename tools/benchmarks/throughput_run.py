@@ -176,6 +176,7 @@ def traced_step(trainer: Trainer) -> tuple[Step, Counter[str]]:
     """Take a step under the profiler. Returns it and this rank's seconds by part."""
     recorder = profiler(trainer.device)
     with recorder:
+        dist.barrier()  # who has read the last trace sooner would wait in this step for the others
         step = timed_step(trainer)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trace.json"
