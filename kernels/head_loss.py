@@ -16,6 +16,8 @@ from megatron_scalebio.kernels.dispatch import device_type, on_triton
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_scalebio.spans import Span, span
+
 # The weight's fp32 gradient is read and written once per chunk, so a GPU takes large ones: at V_local 19,008 the logits
 # of one and their gradient are 0.5 GB. On a CPU 512 to 1,024 were the fastest of 32 to 1,024, the most that was tried.
 TOKENS_PER_CHUNK = {"cuda": 4096, "cpu": 1024}
@@ -50,7 +52,8 @@ def head_loss(
     """
     # Inside a Function's forward everything seems to need a gradient: whether one is wanted is known only here.
     wanted = tuple(torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight))
-    return _HeadLoss.apply(hidden, weight, targets, loss_coef, vocab_size, group, softcap, main_grad, wanted)
+    with span(Span.LOSS):
+        return _HeadLoss.apply(hidden, weight, targets, loss_coef, vocab_size, group, softcap, main_grad, wanted)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -90,13 +93,14 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, _):
         grad_hidden, grad_weight = ctx.saved_tensors
-        if grad_hidden is not None:  # the product in fp32: in bf16 the scale alone would be off by 2^-9
-            grad_hidden = (grad_hidden.to(grad_loss.dtype) * grad_loss).to(grad_hidden.dtype)
-        if grad_weight is not None and ctx.main_grad is not None:
-            ctx.main_grad.addcmul_(grad_weight, grad_loss)
-            grad_weight = None
-        elif grad_weight is not None:
-            grad_weight = grad_weight * grad_loss
+        with span(Span.LOSS):
+            if grad_hidden is not None:  # the product in fp32: in bf16 the scale alone would be off by 2^-9
+                grad_hidden = (grad_hidden.to(grad_loss.dtype) * grad_loss).to(grad_hidden.dtype)
+            if grad_weight is not None and ctx.main_grad is not None:
+                ctx.main_grad.addcmul_(grad_weight, grad_loss)
+                grad_weight = None
+            elif grad_weight is not None:
+                grad_weight = grad_weight * grad_loss
         return grad_hidden, grad_weight, *(None,) * 7
 
 

@@ -7,6 +7,8 @@ can tell when an upgrade moves one); everything else of Megatron-Core runs unedi
 
 import importlib
 import os
+import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,6 +90,25 @@ def gpu_memory(ranks_here: int) -> int:
     """Bytes of the smallest GPU of those that so many ranks on this machine drive: the first ones, one each."""
     count = min(ranks_here, torch.cuda.device_count())
     return min(torch.cuda.get_device_properties(index).total_memory for index in range(count))
+
+
+def device_name(device: torch.device) -> str:
+    """A GPU as torch names it; "CPU"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin to look for the most that torch's allocator holds of a GPU; of the CPU there is no beginning anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: on a GPU the most that torch's tensors held since the reset; on the CPU the most that this process ever
+    held of the machine's memory. Neither waits for the device."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
 
 
 def has_nccl() -> bool:

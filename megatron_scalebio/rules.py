@@ -41,7 +41,7 @@ def check_config(config: Config, world_size: int, vocab_size: int | None) -> Non
         model = [*_shape(config, vocab_size), *_family(config), *_always_active(config)]
         problems = [
             *(*model, *_last_alpha(config), *_precision(config), *_layout(config, world_size)),
-            *(*_sources(config), *_installed(config)),
+            *(*_sources(config), *_profile(config), *_installed(config)),
         ]
     if problems:
         raise UserError("\n".join(problems))
@@ -263,6 +263,18 @@ def _sources(config: Config) -> list[str]:
         found = _mapping("bilevel.weights", bilevel.weights, names, zero_allowed=fixed)
         problems += found or _above_floor(bilevel.weights, 0.0 if fixed else bilevel.floor)
     return problems
+
+
+def _profile(config: Config) -> list[str]:
+    profile, last = config.run.profile, config.bilevel.steps
+    steps = profile.get("steps") if isinstance(profile, dict) and len(profile) == 1 else None
+    whole = isinstance(steps, list) and [type(step) for step in steps] == [int, int]
+    if profile is None or (whole and 1 <= steps[0] <= steps[1] <= last):
+        return []
+    return [
+        f"run.profile={profile}: must be {{steps: [first, last]}}, two steps from 1 to bilevel.steps={last}, the first"
+        " not after the last"
+    ]
 
 
 def _above_floor(weights: dict[str, float], floor: float) -> list[str]:

@@ -39,6 +39,11 @@ class RunFolder:
     def report(self) -> Path:
         return self.path / "report.html"
 
+    @property
+    def profile(self) -> Path:
+        """Traces, one file for each rank."""
+        return self.path / "profile"
+
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step_{step}"
 
@@ -49,7 +54,7 @@ class RunFolder:
 
     def outputs(self) -> list[str]:
         """The names of those that exist."""
-        outputs = (self.weights, self.metrics, self.config, self.checkpoints, self.hf, self.report)
+        outputs = (self.weights, self.metrics, self.config, self.checkpoints, self.hf, self.report, self.profile)
         return [output.name for output in outputs if output.exists()]
 
 

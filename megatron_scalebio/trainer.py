@@ -4,6 +4,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,21 +16,26 @@ from megatron_scalebio.bilevel import Bilevel, NonFinite, StepResult, evaluation
 from megatron_scalebio.checkpoint import load_models, newest_checkpoint, read_state, save_checkpoint
 from megatron_scalebio.config import Config, UserError
 from megatron_scalebio.data import Sampler, StepBatch
-from megatron_scalebio.device import choose_device, read_back
+from megatron_scalebio.device import choose_device, device_name, peak_memory, read_back, reset_peak_memory
 from megatron_scalebio.mcore.attention import choose_attention
 from megatron_scalebio.mcore.export import export_model
 from megatron_scalebio.mcore.models import MegatronModels
 from megatron_scalebio.mcore.parameters import NamedParameter
 from megatron_scalebio.mcore.process_groups import start_process_groups
+from megatron_scalebio.plan.utilization import batch_flops, peak_flops
 from megatron_scalebio.run import Run
 from megatron_scalebio.run_folder import RunFolder
-from megatron_scalebio.show.metrics import MetricsWriter
+from megatron_scalebio.show.record import StepRecord
+from megatron_scalebio.show.step_trace import StepTrace
+from megatron_scalebio.show.writers import MetricsWriter
 from megatron_scalebio.source_weights import SourceWeights
+from megatron_scalebio.spans import Span, span
 
 
 def train(run: Run) -> int:
     """Run to the last step, or until a signal. Returns the exit status: 0, 1, 130 or 143."""
-    status = Trainer(run).train()
+    with _StopSignal() as stop:  # a signal that arrives while the models are built ends the run after its first step
+        status = Trainer(run)._loop(stop)
     dist.destroy_process_group()
     return status
 
@@ -81,47 +87,57 @@ class Trainer:
         num_examples = {
             name: len(examples) for name, examples in zip(self.dataset.source_names, self.dataset.train, strict=True)
         }
-        with MetricsWriter(config, num_examples, self.step, self.groups.rank == 0) as metrics:
+        writer = MetricsWriter(config, num_examples, self.step, self.groups.rank == 0)
+        with writer as metrics, StepTrace(config.run, self.groups.rank, self.device) as trace:
             while self.step < num_steps:
+                trace.begin(self.step + 1)
                 try:
-                    self._step_and_record(metrics)
+                    stopped_by = self._step_and_record(metrics, stop)
                 except NonFinite as error:
                     # No checkpoint: a run that diverged would continue into the same numbers from it.
                     self._tell_non_finite(error)
                     return 1
-                last, stopped_by = self.step == num_steps, stop.agreed(self.device)
+                trace.end(self.step)
+                last = self.step == num_steps
                 if last or stopped_by or _due(self.step, config.run.save_every):
                     self.save()
                 if stopped_by and not last:
                     return 128 + stopped_by
         return self._export() if config.run.export else 0
 
-    def _step_and_record(self, metrics: MetricsWriter) -> None:
-        started = time.perf_counter()
-        record = self.record(*self.take_step())
-        record["step_seconds"] = time.perf_counter() - started
+    def _step_and_record(self, metrics: MetricsWriter, stop: "_StopSignal") -> int:
+        """Returns the signal that any rank has received, 0 for none."""
+        reset_peak_memory(self.device)
+        with span(Span.STEP):
+            record = self.record(*self.take_step())
         last = self.step == self.config.bilevel.steps
         try:
             if self.dataset.test and (last or _due(self.step, self.config.run.eval_every)):
-                record["test_loss"] = self.evaluate()
+                record = replace(record, test_loss=self.evaluate())
+            stopped_by, peak = stop.agreed(self.device, record.peak_memory_bytes)
+            record = replace(record, peak_memory_bytes=peak)
         finally:
             metrics.record(record)
+        return stopped_by
 
     def take_step(self) -> tuple[StepBatch, StepResult]:
         """One step of both models and the logits, on the step's own examples and active layers."""
+        self._began = time.perf_counter()
         step = self.step + 1
         self._redraw(self._draw(step))
-        batch = self.sampler.step(step)
+        with span(Span.BATCH):
+            batch = self.sampler.step(step)
         result = self.bilevel.step(self.models, step, batch, self.active_layers)
         self.step = step
         return batch, result
 
     def evaluate(self) -> float:
         """Mean loss of the upper model over the test set's loss tokens."""
-        micro_batches, num_loss_tokens = self.sampler.test_batch()
-        return self.models.evaluate(
-            evaluation_pass("test", micro_batches, len(self.dataset.test), num_loss_tokens, unit="token")
-        )
+        with span(Span.EVALUATION):
+            micro_batches, num_loss_tokens = self.sampler.test_batch()
+            return self.models.evaluate(
+                evaluation_pass("test", micro_batches, len(self.dataset.test), num_loss_tokens, unit="token")
+            )
 
     def _export(self) -> int:
         """Write the upper model to output_dir/hf. Returns the exit status: the run has its result whatever happens."""
@@ -144,11 +160,17 @@ class Trainer:
         run_state = {"source_weights": self.source_weights.state_dict(), "active_layers": self.active_layers}
         save_checkpoint(self.config, self.step, self.dataset.fingerprint, run_state, self.models.persistence)
 
-    def record(self, batch: StepBatch, result: StepResult) -> dict:
-        """One step's record: the keys of metrics.jsonl, with numbers per source by the sources' names."""
-        names = self.dataset.source_names
+    def record(self, batch: StepBatch, result: StepResult) -> StepRecord:
+        """The record of the step that was just taken, with numbers per source by the sources' names; the peak of memory
+        is this rank's."""
+        config, names = self.config, self.dataset.source_names
         roles = list(result.grad_norm)
         norms = dict(zip(roles, read_back(torch.stack([result.grad_norm[role] for role in roles])), strict=True))
+        seconds = time.perf_counter() - self._began  # the device has done the step: the norms are the last of it
+        active = [self.active_layers[role] for role in roles]
+        flops = batch_flops(config, active, batch)
+        rank_seconds = seconds * self.groups.world_size
+        peak = peak_flops(device_name(self.device), config.precision.compute)
 
         def by_name(values: torch.Tensor | None) -> dict[str, float]:
             return {} if values is None else dict(zip(names, values.tolist(), strict=True))
@@ -158,24 +180,29 @@ class Trainer:
             present = dict(zip(names, batch.num_examples, strict=True))
             return {name: loss if present[name] else None for name, loss in values.items()}
 
-        return {
-            "step": self.step,
-            "weights": by_name(self.source_weights.weights),
-            "logits": by_name(self.source_weights.logits),
-            "train_loss_lower": losses(Role.LOWER),
-            "train_loss_upper": losses(Role.UPPER),
-            "val_loss": result.validation_loss,
-            "penalty_gap": result.penalty_gap,
-            "penalty_alpha": result.penalty_alpha,
-            "hypergradient": by_name(result.hypergradient),
-            "grad_norm_lower": norms.get(Role.LOWER),
-            "grad_norm_upper": norms[Role.UPPER],
-            "lr": result.lr,
-            "logits_lr": result.logits_lr,
-            "active_layers": {role.value: self.active_layers[role] for role in roles},
-            "num_tokens": batch.num_tokens,
-            "num_loss_tokens": sum(batch.num_loss_tokens) + batch.num_validation_loss_tokens,
-        }
+        return StepRecord(
+            step=self.step,
+            weights=by_name(self.source_weights.weights),
+            logits=by_name(self.source_weights.logits),
+            train_loss_lower=losses(Role.LOWER),
+            train_loss_upper=losses(Role.UPPER),
+            val_loss=result.validation_loss,
+            penalty_gap=result.penalty_gap,
+            penalty_alpha=result.penalty_alpha,
+            hypergradient=by_name(result.hypergradient),
+            grad_norm_lower=norms.get(Role.LOWER),
+            grad_norm_upper=norms[Role.UPPER],
+            lr=result.lr,
+            logits_lr=result.logits_lr,
+            active_layers={role.value: self.active_layers[role] for role in roles},
+            num_tokens=batch.num_tokens,
+            num_loss_tokens=sum(batch.num_loss_tokens) + batch.num_validation_loss_tokens,
+            step_seconds=seconds,
+            tokens_per_second=batch.num_tokens / seconds,
+            tflops_per_gpu=flops.executed / rank_seconds / 1e12,
+            mfu=None if peak is None else flops.model / rank_seconds / peak,
+            peak_memory_bytes=peak_memory(self.device),
+        )
 
     def _draw(self, step: int) -> dict[Role, list[int]]:
         shape, lisa, seed = self.config.model.shape, self.config.lisa, self.config.run.seed
@@ -236,11 +263,12 @@ class _StopSignal:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def agreed(self, device: torch.device) -> int:
-        """The signal that any rank has received, 0 for none; equal on every rank."""
-        number = torch.tensor([self.received], device=device)
-        dist.all_reduce(number, op=dist.ReduceOp.MAX)
-        return int(read_back(number)[0])
+    def agreed(self, device: torch.device, peak_memory_bytes: int) -> tuple[int, int]:
+        """The signal that any rank has received, 0 for none, and the most bytes of any; equal on every rank."""
+        numbers = torch.tensor([self.received, peak_memory_bytes], device=device)
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+        received, peak = map(int, read_back(numbers))
+        return received, peak
 
     def _receive(self, number: int, frame) -> None:
         self.received = number

@@ -18,6 +18,7 @@ from megatron_scalebio.active_layers import Role
 from megatron_scalebio.bilevel import Bilevel, NonFinite, Pass
 from megatron_scalebio.config import Config
 from megatron_scalebio.data import MicroBatch, StepBatch
+from megatron_scalebio.data.batch import Rows
 from megatron_scalebio.source_weights import SourceWeights
 from tests.configs import resolved
 
@@ -82,7 +83,8 @@ def micro_batch(source_ids: list[int]) -> MicroBatch:
 
 def batch() -> StepBatch:
     ones = [1] * NUM_SOURCES
-    return StepBatch([micro_batch([0, 1, 2])], [micro_batch([0])], ones, ones, 1, 1, NUM_SOURCES + 1)
+    rows = Rows([1] * NUM_SOURCES, []), Rows([1], [])
+    return StepBatch([micro_batch([0, 1, 2])], [micro_batch([0])], ones, ones, 1, 1, NUM_SOURCES + 1, *rows)
 
 
 def config(*overrides: str) -> Config:

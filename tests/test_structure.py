@@ -14,7 +14,7 @@ PUBLIC = megatron_scalebio._HOMES  # names of the package itself, and the module
 
 # Low to high; a unit imports from lower floors and from itself. A unit is a module or a folder of the package.
 FLOORS = (
-    ("__init__", "config", "launch"),
+    ("__init__", "config", "launch", "spans"),
     ("anatomy", "kernels", "device", "run_folder"),
     ("losses", "source_weights", "rules", "resolution"),
     ("active_layers", "data", "hf"),
@@ -32,11 +32,14 @@ INNER_FLOORS = {
     "anatomy": (("parameters", "storage", "fields"), ("decoder", "tensors"), ("family",), ("families",)),
     "config": (("errors", "likeness", "words"), ("declare",), ("settings",), ("unknown",), ("loading",)),
     "hf": (("checkpoint",), ("export", "mapping", "model_config")),
-    "plan": (("sizes",), ("memory", "flops"), ("seconds",), ("planner",), ("search", "machine"), ("report",)),
-    "show": (("charts", "console"), ("metrics",), ("report",)),
+    "plan": (
+        *(("sizes",), ("memory", "flops"), ("seconds",), ("planner", "utilization")),
+        *(("search", "machine"), ("report",)),
+    ),
+    "show": (("charts", "record", "step_trace"), ("console", "metrics"), ("writers", "report")),
     "data": (("batch", "records", "tokenizers"), ("templates",), ("dataset",), ("packing",), ("sampler",)),
     "mcore": (
-        ("attention", "host_masters", "memory_tracker", "process_groups", "te_linear"),
+        ("attention", "host_masters", "memory_tracker", "process_groups", "schedule_spans", "te_linear"),
         ("linear", "parameters"),
         ("recompute", "weight_store"),
         ("active_set", "layers"),

@@ -6,8 +6,9 @@
 
 The real trainer runs on the configuration's own data, or on random examples (--synthetic); where model.hf_path holds
 only a config.json, or is not set, weights are random. After a warm-up come the timed steps, by default two periods of
-active layers; then one period more with timers around its parts; with pipeline stages, a few more in which one flush
-for all passes is held against one for each. It trains nothing that it keeps and writes nothing but the JSON file.
+active layers; then one period more under torch's profiler, for the time by part; with pipeline stages, a few more in
+which one flush for all passes is held against one for each. It trains nothing that it keeps and writes nothing but the
+JSON file.
 
 Each timed step prints Megatron-LM's log line. Exit status: 0; 2 for a mistake in what was given; 1 otherwise, such as
 out of memory, which the JSON file then says.

@@ -252,6 +252,7 @@ class RunConfig:
         None, "null: as precision.compute (bf16 under fp8, fp32 under fp64)", choices=(None, "bf16", "fp32")
     )
     export_shard_gb: float = setting(5.0, "largest file of the export, in 10^9 bytes", POSITIVE)
+    profile: Any = setting(None, "{steps: [first, last]}: a trace of these steps in output_dir/profile; null: none")
 
 
 @dataclass

@@ -26,6 +26,18 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """What the rows of all data-parallel ranks hold, in positions."""
+
+    examples: list[int]  # n - 1 of each example of n tokens
+    padding: list[int]  # what each row ends with; of an empty row all of it
+
+    @property
+    def num_positions(self) -> int:
+        return sum(self.examples) + sum(self.padding)
+
+
+@dataclass(frozen=True)
 class StepBatch:
     """One data-parallel rank's share of one step, and the global counts every rank knows without communication."""
 
@@ -36,3 +48,5 @@ class StepBatch:
     num_validation_examples: int  # global
     num_validation_loss_tokens: int  # global
     num_tokens: int  # global, train and validation each counted once, padding excluded
+    train_rows: Rows  # global
+    validation_rows: Rows  # global

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from megatron_scalebio.data.batch import MicroBatch
+from megatron_scalebio.data.batch import MicroBatch, Rows
 from megatron_scalebio.data.dataset import Example
 
 
@@ -41,7 +41,7 @@ def plan_microbatches(
     Every rank gets equally many. Rows go, fullest first, to the rank with the fewest filled positions that has a row
     left, so that ranks wait little for each other.
     """
-    rows = pack_rows(lengths, row_length) if packing else [[index] for index in range(len(lengths))]
+    rows = _rows(lengths, row_length, packing)
     filled = [sum(lengths[index] for index in row) for row in rows]
     num_microbatches = -(-len(rows) // (micro_batch_size * data_parallel_size))
     rows_per_rank = num_microbatches * micro_batch_size
@@ -55,6 +55,20 @@ def plan_microbatches(
     own = rows_of_rank[data_parallel_rank]
     own += [[]] * (rows_per_rank - len(own))
     return [own[index::num_microbatches] for index in range(num_microbatches)]
+
+
+def rows_of(
+    lengths: Sequence[int], row_length: int, packing: bool, micro_batch_size: int, data_parallel_size: int
+) -> Rows:
+    """What `plan_microbatches` makes of the examples on all ranks together."""
+    rows = _rows(lengths, row_length, packing)
+    tails = [row_length - sum(lengths[index] for index in row) for row in rows]
+    num_empty = -len(rows) % (micro_batch_size * data_parallel_size)
+    return Rows(list(lengths), [tail for tail in tails if tail] + [row_length] * num_empty)
+
+
+def _rows(lengths: Sequence[int], row_length: int, packing: bool) -> list[list[int]]:
+    return pack_rows(lengths, row_length) if packing else [[index] for index in range(len(lengths))]
 
 
 def build_micro_batch(rows: list[list[Example]], row_length: int, micro_batch_size: int, pad_id: int) -> MicroBatch:

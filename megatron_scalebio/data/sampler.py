@@ -10,9 +10,9 @@ from functools import lru_cache
 import numpy as np
 
 from megatron_scalebio.config import Config
-from megatron_scalebio.data.batch import MicroBatch, StepBatch
+from megatron_scalebio.data.batch import MicroBatch, Rows, StepBatch
 from megatron_scalebio.data.dataset import Dataset, Example
-from megatron_scalebio.data.packing import build_micro_batch, plan_microbatches
+from megatron_scalebio.data.packing import build_micro_batch, plan_microbatches, rows_of
 
 
 class Sampler:
@@ -54,6 +54,8 @@ class Sampler:
             num_validation_examples=len(validation),
             num_validation_loss_tokens=sum(example.num_loss_tokens for example in validation),
             num_tokens=sum(example.num_positions for example in [*train, *validation]),
+            train_rows=self._rows(train),
+            validation_rows=self._rows(validation),
         )
 
     def test_batch(self) -> tuple[list[MicroBatch], int]:
@@ -83,6 +85,10 @@ class Sampler:
             )
             for rows in plan
         ]
+
+    def _rows(self, examples: list[Example]) -> Rows:
+        data, lengths = self._data, [example.num_positions for example in examples]
+        return rows_of(lengths, data.max_length, data.packing, data.micro_batch_size, self._size)
 
 
 class _Stream:

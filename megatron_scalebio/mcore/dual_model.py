@@ -27,6 +27,8 @@ from megatron_scalebio.kernels.head_loss import head_loss
 from megatron_scalebio.kernels.loss_sums import sums_by_id
 from megatron_scalebio.losses import TokenCoefs
 from megatron_scalebio.mcore.process_groups import ProcessGroups
+from megatron_scalebio.mcore.schedule_spans import ScheduleSpans
+from megatron_scalebio.spans import Span, profiling, span
 
 
 @dataclass(frozen=True)
@@ -125,11 +127,13 @@ def run_flush(chunk: DualModel, passes: list[Pass], forward_only: bool = False) 
     rank's part on the last stage, zeros on the other stages.
     """
     groups, device = chunk.groups, chunk.device
-    tasks = [
-        _to_device(Task(index, part.role, micro_batch, coefs), device, chunk.config.params_dtype)
-        for index, part in enumerate(passes)
-        for micro_batch, coefs in zip(part.micro_batches, part.coefs, strict=True)
-    ]
+    with span(Span.BATCH):
+        tasks = [
+            _to_device(Task(index, part.role, micro_batch, coefs), device, chunk.config.params_dtype)
+            for index, part in enumerate(passes)
+            for micro_batch, coefs in zip(part.micro_batches, part.coefs, strict=True)
+        ]
+    chunk.config.timers = ScheduleSpans(task.role for task in tasks) if profiling() else None
     sums = [torch.zeros(part.num_sources, dtype=torch.float64, device=device) for part in passes]
 
     def collect(task: Task, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, None]:

@@ -25,6 +25,7 @@ from megatron_scalebio.mcore.parameters import NamedParameter, named_parameters,
 from megatron_scalebio.mcore.persistence import Persistence
 from megatron_scalebio.mcore.process_groups import ProcessGroups
 from megatron_scalebio.mcore.weight_store import WeightStore, make_blocks
+from megatron_scalebio.spans import Span, span
 
 
 class MegatronModels:
@@ -68,17 +69,20 @@ class MegatronModels:
     def redraw(self, active_layers: dict[Role, list[int]]) -> None:
         """Make the given decoder layers active, and what always trains; freeze the rest."""
         always = self.config.lisa.always_active
-        for role, active_set in self.active_sets.items():
-            active_set.redraw(always + [layer_block(layer) for layer in active_layers[role]])
-            self.chunk.redraw(role, active_layers[role], embedding="embedding" in always)
+        with span(Span.REDRAW):
+            for role, active_set in self.active_sets.items():
+                active_set.redraw(always + [layer_block(layer) for layer in active_layers[role]])
+                self.chunk.redraw(role, active_layers[role], embedding="embedding" in always)
 
     def forward_backward(self, passes: list[Pass], fingerprint: int) -> list[Tensor]:
         """See `bilevel.Models`. One flush carries all passes; `parallel.fused_pipeline=false` runs one flush each."""
-        for active_set in self.active_sets.values():
-            active_set.zero_gradients()
+        with span(Span.OPTIMIZER):
+            for active_set in self.active_sets.values():
+                active_set.zero_gradients()
         sums = self._run(passes, forward_only=False)
         losses = self._add_over_ranks(passes, sums, fingerprint)
-        on_device = torch.stack([active_set.reduce_gradients() for active_set in self.active_sets.values()])
+        with span(Span.OPTIMIZER):
+            on_device = torch.stack([active_set.reduce_gradients() for active_set in self.active_sets.values()])
         norms = dict(zip(self.active_sets, read_back(on_device), strict=True))
         if not all(map(math.isfinite, norms.values())):
             own = [active.gradient for active_set in self.active_sets.values() for active in active_set.blocks.values()]
@@ -104,7 +108,8 @@ class MegatronModels:
 
     def step(self, role: Role, lr: float, max_norm: float | None) -> Tensor:
         """See `bilevel.Models`."""
-        return self.active_sets[role].step(lr, max_norm)
+        with span(Span.OPTIMIZER):
+            return self.active_sets[role].step(lr, max_norm)
 
     def _run(self, passes: list[Pass], forward_only: bool) -> list[Tensor]:
         if self.config.parallel.fused_pipeline:
@@ -121,8 +126,9 @@ class MegatronModels:
         mine = local if self.groups.tensor_rank == 0 else torch.zeros_like(local)
         check = torch.tensor([fingerprint, fingerprint**2], dtype=torch.float64, device=self.device)
         total = torch.cat([mine, check])
-        dist.all_reduce(total)
-        *values, first, second = read_back(total)
+        with span(Span.WAITING):
+            dist.all_reduce(total)
+            *values, first, second = read_back(total)
         world = self.groups.world_size
         if (first, second) != (world * fingerprint, world * fingerprint**2):
             raise RuntimeError(

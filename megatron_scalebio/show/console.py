@@ -1,6 +1,7 @@
 """What a person sees while a run goes on: a live view on a terminal, plain lines elsewhere."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.bar import Bar
@@ -10,86 +11,86 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from megatron_scalebio.config import Config
+from megatron_scalebio.resolution import changed_from_preset
+from megatron_scalebio.show.record import StepRecord
+
 MOST_SOURCES_SHOWN = 20
 REFRESH_SECONDS = 0.1
+MOST_STEPS_AVERAGED = 20
 
 
 class RunConsole:
-    """Shows records as they come; `show` takes the keys of metrics.jsonl. Use it as a context manager."""
+    """The writer that a person watches. `num_examples` is {source name: usable records}."""
 
-    def __init__(self, total_steps: int, plain_every: int, console: Console | None = None):
-        self.total_steps, self.plain_every = total_steps, plain_every
+    def __init__(self, config: Config, num_examples: dict[str, int], console: Console | None = None):
+        self.config, self.num_examples, self.total_steps = config, num_examples, config.bilevel.steps
+        self.plain_every = max(1, (config.run.eval_every or self.total_steps) // 10)
         self.console = console or Console(highlight=False, soft_wrap=True)
         self.live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
-        self._seconds: list[float] = []  # of the latest steps
+        self._latest: list[StepRecord] = []
         self._refreshed = 0.0
 
-    def __enter__(self) -> "RunConsole":
+    def open(self) -> None:
         if self.live:
             self.live.start()
-        return self
+        self._print(f"outputs: {self.config.run.output_dir}")
+        changes, preset = changed_from_preset(self.config), self.config.bilevel.preset
+        self._print(f"differs from preset {preset}:" if changes else "as the preset")
+        for key, (preset_value, value) in changes.items():
+            self._print(f"  {key}: {value} (preset: {preset_value})")
 
-    def __exit__(self, *exception: object) -> None:
-        if self.live:
-            self.live.stop()
-
-    def print(self, text: str) -> None:
-        """Prints above the live view."""
-        self.console.print(Text(text))
-
-    def print_weights(
-        self,
-        num_examples: dict[str, int],
-        weights: dict[str, float],
-        weights_mean: dict[str, float],
-        still_moving: bool,
-    ) -> None:
-        """Prints the table that a run ends with."""
-        table = Table("source")
-        for head in ("examples", "final weight", "mean of last quarter"):
-            table.add_column(head, justify="right")
-        for name, weight in weights.items():
-            table.add_row(Text(name), str(num_examples[name]), f"{weight:.3f}", f"{weights_mean[name]:.3f}")
-        self.console.print(table)
-        if still_moving:
-            self.print("The weights are still moving: more steps would move them further.")
-
-    def show(self, record: dict[str, Any]) -> None:
-        """Shows one step's record; plain output shows the first, the last, every `plain_every`th and evaluations."""
-        step, last = record["step"], record["step"] == self.total_steps
-        first = not self._seconds
-        self._seconds = [*self._seconds, record.get("step_seconds") or 0.0][-20:]
+    def record(self, record: StepRecord, summary: dict[str, Any]) -> None:
+        """Plain output shows the first step, the last, every `plain_every`th and evaluations."""
+        step, last = record.step, record.step == self.total_steps
+        first = not self._latest
+        self._latest = [*self._latest, record][-MOST_STEPS_AVERAGED:]
         if self.live:
             if last or time.monotonic() - self._refreshed > REFRESH_SECONDS:
                 self.live.update(self._view(record), refresh=True)
                 self._refreshed = time.monotonic()
-        elif first or last or step % self.plain_every == 0 or "test_loss" in record:
-            numbers, pace, weights = self._numbers(record), self._pace(record), _weights_text(record["weights"])
-            self.print(f"step {step}/{self.total_steps}  {numbers}  {pace}  {weights}")
+        elif first or last or step % self.plain_every == 0 or record.test_loss is not None:
+            numbers, pace, weights = _numbers(record), self._pace(), _weights_text(record.weights)
+            self._print(f"step {step}/{self.total_steps}  {numbers}  {pace}  {weights}")
 
-    def _numbers(self, record: dict[str, Any]) -> str:
-        """Losses and gap."""
-        parts = []
-        for name, key in (("lower", "train_loss_lower"), ("upper", "train_loss_upper")):
-            losses = [loss for loss in (record.get(key) or {}).values() if loss is not None]
-            if losses:
-                parts.append(f"{name} {sum(losses) / len(losses):.4f}")
-        for name, key in (("val", "val_loss"), ("test", "test_loss")):
-            if record.get(key) is not None:
-                parts.append(f"{name} {record[key]:.4f}")
-        if record.get("penalty_gap") is not None:
-            parts.append(f"gap {record['penalty_gap']:+.1e}")
-        return "  ".join(parts)
+    def close(self, summary: dict[str, Any] | None) -> None:
+        """Ends the live view; prints the table that a run ends with."""
+        if self.live:
+            self.live.stop()
+        if summary is None:
+            return
+        table = Table("source")
+        for head in ("examples", "final weight", "mean of last quarter"):
+            table.add_column(head, justify="right")
+        for name, weight in summary["weights"].items():
+            mean = summary["weights_mean"][name]
+            table.add_row(Text(name), str(self.num_examples[name]), f"{weight:.3f}", f"{mean:.3f}")
+        self.console.print(table)
+        if summary["still_moving"]:
+            self._print("The weights are still moving: more steps would move them further.")
 
-    def _pace(self, record: dict[str, Any]) -> str:
-        seconds = sum(self._seconds) / len(self._seconds)
-        return f"{seconds:.2f} s/step  ETA {duration(seconds * (self.total_steps - record['step']))}"
+    def _print(self, text: str) -> None:
+        """Above the live view."""
+        self.console.print(Text(text))
 
-    def _view(self, record: dict[str, Any]) -> Group:
+    def _pace(self) -> str:
+        """Of the latest steps, as one: totals over total time."""
+        seconds = sum(record.step_seconds for record in self._latest)
+        per_step, last = seconds / len(self._latest), self._latest[-1]
+
+        def mean(rate: Callable[[StepRecord], float]) -> float:
+            return sum(rate(record) * record.step_seconds for record in self._latest) / seconds
+
+        tokens, tflops = mean(lambda record: record.tokens_per_second), mean(lambda record: record.tflops_per_gpu)
+        mfu = "" if last.mfu is None else f"  MFU {mean(lambda record: record.mfu):.0%}"
+        left = duration(per_step * (self.total_steps - last.step))
+        return f"{per_step:.2f} s/step  {tokens:,.0f} tokens/s  {tflops:.3g} TFLOP/s per rank{mfu}  ETA {left}"
+
+    def _view(self, record: StepRecord) -> Group:
         progress = Table.grid(padding=(0, 1))
-        bar = ProgressBar(total=self.total_steps, completed=record["step"], width=30)
-        progress.add_row(Text(f"step {record['step']}/{self.total_steps}"), bar, Text(self._pace(record)))
-        weights = record["weights"]
+        bar = ProgressBar(total=self.total_steps, completed=record.step, width=30)
+        progress.add_row(Text(f"step {record.step}/{self.total_steps}"), bar, Text(self._pace()))
+        weights = record.weights
         shown = sorted(weights, key=weights.get, reverse=True)[:MOST_SOURCES_SHOWN] if weights else []
         largest = max(weights.values(), default=1.0)
         chart = Table.grid(padding=(0, 1))
@@ -98,7 +99,22 @@ class RunConsole:
             chart.add_row(Text(name), bar, Text(f"{weights[name]:.3f}"))
         if len(weights) > len(shown):
             chart.add_row(Text(f"and {len(weights) - len(shown)} more", style="dim"))
-        return Group(progress, Text(self._numbers(record)), chart)
+        return Group(progress, Text(_numbers(record)), chart)
+
+
+def _numbers(record: StepRecord) -> str:
+    """Losses and gap."""
+    parts = []
+    for name, by_source in (("lower", record.train_loss_lower), ("upper", record.train_loss_upper)):
+        losses = [loss for loss in by_source.values() if loss is not None]
+        if losses:
+            parts.append(f"{name} {sum(losses) / len(losses):.4f}")
+    for name, loss in (("val", record.val_loss), ("test", record.test_loss)):
+        if loss is not None:
+            parts.append(f"{name} {loss:.4f}")
+    if record.penalty_gap is not None:
+        parts.append(f"gap {record.penalty_gap:+.1e}")
+    return "  ".join(parts)
 
 
 def duration(seconds: float) -> str:

@@ -39,7 +39,7 @@ def write_report(output_dir: str) -> Path:
 <title>{escape(name)}</title><style>{STYLE}</style></head><body>
 <h1>{escape(name)}</h1>
 <p>{last["step"]} of {config.bilevel.steps} steps in {duration(seconds)}; mode {config.bilevel.mode},
-preset {config.bilevel.preset}. {moving}</p>
+preset {config.bilevel.preset}. {moving}{_pace(records)}</p>
 {"".join(charts)}
 <h2>Sources</h2>
 {_sources_table(records, weights)}
@@ -51,6 +51,20 @@ preset {config.bilevel.preset}. {moving}</p>
     path = RunFolder(folder).report
     replace_file(path, content)
     return path
+
+
+def _pace(records: list[dict[str, Any]]) -> str:
+    """Of all steps as one: totals over total time. Runs of earlier versions have no rates in their records."""
+    records = [record for record in records if "tokens_per_second" in record]
+    if not records:
+        return ""
+    seconds = sum(record["step_seconds"] for record in records)
+    tokens, flops = (
+        sum(record[rate] * record["step_seconds"] for record in records) / seconds
+        for rate in ("tokens_per_second", "tflops_per_gpu")
+    )
+    gib = max(record["peak_memory_bytes"] for record in records) / 2**30
+    return f" {tokens:,.0f} tokens/s, {flops:.3g} TFLOP/s per rank, at most {gib:.2f} GiB of memory on a rank."
 
 
 def weights_svg(records: list[dict[str, Any]], title: str = "Source weights (dashed: uniform)") -> str:

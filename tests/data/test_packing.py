@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from megatron_scalebio.data.dataset import Example
-from megatron_scalebio.data.packing import build_micro_batch, pack_rows, plan_microbatches
+from megatron_scalebio.data.packing import build_micro_batch, pack_rows, plan_microbatches, rows_of
 
 PAD = 99
 
@@ -57,6 +57,28 @@ def test_every_layout_carries_the_same_rows_in_equally_many_microbatches(packing
     assert rows == sorted(pack_rows(lengths, 64) if packing else [[index] for index in range(count)])
     num_slots = sum(len(plan) for plan in plans) * micro_batch_size
     assert num_slots - len(rows) < micro_batch_size * size  # no rank runs a micro-batch that none needs
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("micro_batch_size", [1, 3])
+@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize("count", [0, 1, 64])
+def test_rows_are_what_the_micro_batches_of_all_ranks_hold(packing, micro_batch_size, size, count):
+    """Counted from what is handed to the models. Every example carries loss, so a segment without it is padding."""
+    examples = [example(length + 1, 1, 0, 0) for length in random_lengths(count, count)]
+    lengths = [each.num_positions for each in examples]
+    found: dict[bool, list[int]] = {True: [], False: []}
+    for rank in range(size):
+        for plan in plan_microbatches(lengths, 64, packing, micro_batch_size, rank, size):
+            rows = [[examples[index] for index in row] for row in plan]
+            part = build_micro_batch(rows, 64, micro_batch_size, PAD)
+            ends = part.cu_seqlens.numpy()
+            carries_loss = np.histogram(part.loss_positions.numpy(), ends)[0] > 0
+            for length, is_example in zip(np.diff(ends).tolist(), carries_loss.tolist(), strict=True):
+                found[is_example].append(length)
+    rows = rows_of(lengths, 64, packing, micro_batch_size, size)
+    assert sorted(rows.examples) == sorted(found[True]) and sorted(rows.padding) == sorted(found[False])
+    assert rows.num_positions % (64 * micro_batch_size * size) == 0
 
 
 @pytest.mark.parametrize("seed", range(5))

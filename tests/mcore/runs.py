@@ -19,7 +19,8 @@ from megatron_scalebio.anatomy.tensors import shard
 from megatron_scalebio.bilevel import Bilevel, StepResult
 from megatron_scalebio.config import Config
 from megatron_scalebio.data import Example, MicroBatch, StepBatch, build_micro_batch
-from megatron_scalebio.data.packing import plan_microbatches
+from megatron_scalebio.data.batch import Rows
+from megatron_scalebio.data.packing import plan_microbatches, rows_of
 from megatron_scalebio.device import CPU
 from megatron_scalebio.mcore.models import MegatronModels
 from megatron_scalebio.mcore.parameters import NamedParameter
@@ -104,6 +105,10 @@ def step_batch(case: Case, step: int, data_rank: int, data_size: int) -> StepBat
             for rows in plan
         ]
 
+    def rows(examples: list[Example]) -> Rows:
+        lengths = [example.num_positions for example in examples]
+        return rows_of(lengths, MAX_LENGTH, data.packing, data.micro_batch_size, data_size)
+
     return StepBatch(
         train=micro_batches(train),
         validation=micro_batches(validation),
@@ -114,6 +119,8 @@ def step_batch(case: Case, step: int, data_rank: int, data_size: int) -> StepBat
         num_validation_examples=len(validation),
         num_validation_loss_tokens=sum(int(e.loss_mask.sum()) for e in validation),
         num_tokens=sum(e.num_positions for e in [*train, *validation]),
+        train_rows=rows(train),
+        validation_rows=rows(validation),
     )
 
 

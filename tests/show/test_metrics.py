@@ -11,8 +11,11 @@ from rich.console import Console
 from megatron_scalebio.config import SourceConfig, UserError, config_sha256, load_config, write_config
 from megatron_scalebio.run_folder import check_output_dir
 from megatron_scalebio.show.console import RunConsole, duration
-from megatron_scalebio.show.metrics import MetricsWriter, read_metrics, weights_summary
+from megatron_scalebio.show.metrics import read_metrics, weights_summary
+from megatron_scalebio.show.record import StepRecord
+from megatron_scalebio.show.writers import MetricsWriter
 from tests.configs import resolved
+from tests.show.records import a_record
 
 NUM_EXAMPLES = {"clean": 30, "noisy": 20}
 
@@ -24,24 +27,10 @@ def config(tmp_path):
     return config
 
 
-def a_record(step: int) -> dict:
-    clean = 0.5 + 0.05 * step
-    return {
-        "step": step,
-        "weights": {"clean": clean, "noisy": 1 - clean},
-        "logits": {"clean": 0.1 * step, "noisy": -0.1 * step},
-        "train_loss_lower": {"clean": 1.0, "noisy": 2.0},
-        "train_loss_upper": {"clean": 1.0, "noisy": 2.0},
-        "val_loss": 1.5,
-        "penalty_gap": 1e-3,
-        "step_seconds": 0.25,
-    }
-
-
 def write_steps(config, first: int, last: int, **changes) -> None:
     with MetricsWriter(config, NUM_EXAMPLES, start_step=first - 1, is_main_rank=True) as metrics:
         for step in range(first, last + 1):
-            metrics.record(a_record(step) | changes)
+            metrics.record(a_record(step, **changes))
 
 
 def read(config, name: str) -> str:
@@ -172,19 +161,22 @@ def test_config_yaml_reads_back_equal(config, tmp_path):
     assert load_config(str(tmp_path / "config.yaml"), []) == config
 
 
-def shown(total: int, every: int, terminal: bool, records: list[dict]) -> str:
+def shown(every: int, terminal: bool, records: list[StepRecord]) -> str:
+    config = load_config(None, [f"bilevel.steps={records[-1].step}", f"run.eval_every={10 * every}"])
     stream = io.StringIO()
-    console = Console(file=stream, force_terminal=terminal, width=100, highlight=False, soft_wrap=not terminal)
-    with RunConsole(total, every, console) as run_console:
-        for record in records:
-            run_console.show(record)
+    console = Console(file=stream, force_terminal=terminal, width=200, highlight=False, soft_wrap=not terminal)
+    writer = RunConsole(config, NUM_EXAMPLES, console)
+    writer.open()
+    for record in records:
+        writer.record(record, weights_summary([record.weights]))
+    writer.close(None)
     return stream.getvalue()
 
 
 def test_plain_console_has_first_last_every_nth_and_evaluated_steps():
     records = [a_record(step) for step in range(1, 9)]
-    records[4]["test_loss"] = 1.25
-    lines = shown(8, 3, False, records).splitlines()
+    records[4] = a_record(5, test_loss=1.25)
+    lines = [line for line in shown(3, False, records).splitlines() if line.startswith("step")]
     assert [line.split()[1] for line in lines] == ["1/8", "3/8", "5/8", "6/8", "8/8"]
     assert "test 1.2500" in lines[2]
     assert "ETA 2s" in lines[0] and "clean=.550 noisy=.450" in lines[0]
@@ -192,8 +184,72 @@ def test_plain_console_has_first_last_every_nth_and_evaluated_steps():
 
 
 def test_terminal_shows_a_bar_for_each_source():
-    text = shown(2, 1, True, [a_record(1), a_record(2)])
+    text = shown(1, True, [a_record(1), a_record(2)])
     assert "step 2/2" in text and "clean" in text and "noisy" in text and "█" in text
+
+
+def test_the_pace_is_of_the_latest_steps_as_one():
+    """Totals over total time: a slow step counts for as long as it took."""
+    slow = a_record(1, step_seconds=3.0, tokens_per_second=1000.0, tflops_per_gpu=100.0, mfu=0.1)
+    fast = a_record(2, step_seconds=1.0, tokens_per_second=5000.0, tflops_per_gpu=500.0, mfu=0.5)
+    last = shown(1, False, [slow, fast]).splitlines()[-1]
+    assert "2.00 s/step  2,000 tokens/s  200 TFLOP/s per rank  MFU 20%  ETA 0s" in last
+    assert "MFU" not in shown(1, False, [a_record(1)])
+
+
+def test_a_line_has_the_keys_of_the_contract_in_their_order(config):
+    """What came later stands at the end, before a loss that few lines have."""
+    write_steps(config, 1, 1)
+    write_steps(config, 2, 2, test_loss=0.5)
+    first, second = (list(json.loads(line)) for line in read(config, "metrics.jsonl").splitlines())
+    keys = "step weights logits train_loss_lower train_loss_upper val_loss penalty_gap penalty_alpha hypergradient"
+    keys += " grad_norm_lower grad_norm_upper lr logits_lr active_layers num_tokens num_loss_tokens step_seconds"
+    keys += " tokens_per_second tflops_per_gpu mfu peak_memory_bytes"
+    assert first == keys.split() and second == [*first, "test_loss"]
+
+
+class Listening:
+    """A writer that notes what it hears."""
+
+    def __init__(self):
+        self.heard = []
+
+    def open(self) -> None:
+        self.heard.append("open")
+
+    def record(self, record: StepRecord, summary: dict) -> None:
+        self.heard.append((record.step, summary["weights"] == record.weights))
+
+    def close(self, summary: dict | None) -> None:
+        self.heard.append(summary and summary["weights"])
+
+
+def test_every_writer_hears_each_record_and_the_end(config):
+    metrics = MetricsWriter(config, NUM_EXAMPLES, start_step=0, is_main_rank=True)
+    metrics.writers = [Listening(), Listening()]
+    with metrics:
+        metrics.record(a_record(1))
+        metrics.record(a_record(2))
+    assert [writer.heard for writer in metrics.writers] == [["open", (1, True), (2, True), a_record(2).weights]] * 2
+
+
+def test_writers_are_closed_without_a_summary_when_the_run_or_another_writer_fails(config):
+    class Failing(Listening):
+        def open(self) -> None:
+            raise OSError("no such service")
+
+    metrics = MetricsWriter(config, NUM_EXAMPLES, start_step=0, is_main_rank=True)
+    metrics.writers = [Listening()]
+    with pytest.raises(RuntimeError, match="planted"), metrics:
+        metrics.record(a_record(1))
+        raise RuntimeError("planted")
+    assert metrics.writers[0].heard == ["open", (1, True), None]
+    metrics = MetricsWriter(config, NUM_EXAMPLES, start_step=1, is_main_rank=True)
+    metrics.writers, config.run.resume = [Listening(), Failing()], "auto"
+    (Path(config.run.output_dir) / "metrics.jsonl").write_text(json.dumps(a_record(1).to_dict()) + "\n")
+    with pytest.raises(OSError, match="no such service"), metrics:
+        pass
+    assert metrics.writers[0].heard == ["open", None]
 
 
 @pytest.mark.parametrize("seconds, text", [(4, "4s"), (187, "3:07"), (7387, "2:03:07")])

@@ -10,12 +10,16 @@ from pathlib import Path
 import pytest
 
 from megatron_scalebio.show.charts import BOTTOM, HEIGHT, LABEL_HEIGHT, LEFT, RIGHT, WIDTH, Line, line_chart, ticks
-from megatron_scalebio.show.metrics import MetricsWriter
 from megatron_scalebio.show.report import write_report
+from megatron_scalebio.show.writers import MetricsWriter
 from tests.configs import resolved
+from tests.show.records import a_record
 
 REPOSITORY = Path(__file__).parents[2]
 NAMES = ("clean", "a <b> & 'c'", "noisy")
+
+
+NO_LOSSES = {"train_loss_lower": {}, "train_loss_upper": {}, "val_loss": None, "penalty_gap": None}
 
 
 def a_run(folder: Path, steps: int, **record) -> Path:
@@ -23,7 +27,7 @@ def a_run(folder: Path, steps: int, **record) -> Path:
     with MetricsWriter(config, dict.fromkeys(NAMES, 1234), start_step=0, is_main_rank=True) as metrics:
         for step in range(1, steps + 1):
             weights = dict(zip(NAMES, (0.2 + 0.01 * step, 0.3, 0.5 - 0.01 * step), strict=True))
-            metrics.record({"step": step, "weights": weights, "logits": weights, "step_seconds": 1.0} | record)
+            metrics.record(a_record(step, weights=weights, logits=weights, **(NO_LOSSES | record)))
     return folder
 
 

@@ -1,11 +1,13 @@
 """The throughput tool on the CPU: what it counts, splits, prints, writes and compares."""
 
-import itertools
 import json
+import random
 import re
 import subprocess
 import sys
+import time
 from argparse import Namespace
+from collections import Counter
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,24 +16,31 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from megatron_scalebio.kernels import head_loss
 from torch.nn import Parameter
 
+from megatron_scalebio import spans
 from megatron_scalebio.active_layers import Role
-from megatron_scalebio.config import UserError, load_config
-from megatron_scalebio.data import Example
-from megatron_scalebio.data.packing import build_micro_batch
-from megatron_scalebio.mcore.dual_model import DualModel
+from megatron_scalebio.anatomy import FAMILIES
+from megatron_scalebio.config import UserError
+from megatron_scalebio.mcore import active_set, models
+from megatron_scalebio.mcore.layers import GatedMLP
 from megatron_scalebio.mcore.parameters import NamedParameter
-from megatron_scalebio.plan.flops import Work, causal_pairs, step_flops
+from megatron_scalebio.plan.flops import Work, step_flops
 from megatron_scalebio.plan.seconds import H100
 from megatron_scalebio.plan.sizes import model_parameters
+from megatron_scalebio.plan.utilization import PEAKS
+from megatron_scalebio.run import Run
+from megatron_scalebio.spans import Span
+from tests.configs import resolved
 from tests.distributed import run_distributed
+from tests.show.records import a_record
 from tools import benchmark_throughput
-from tools.benchmarks import throughput, throughput_run, throughput_split
+from tools.benchmarks import throughput, throughput_run
 from tools.benchmarks.throughput_compare import compare, comparison_lines
-from tools.benchmarks.throughput_report import PEAKS, log_line, peak_of, results_of
-from tools.benchmarks.throughput_run import Content, Step, content_of
-from tools.benchmarks.throughput_split import PARTS, Stopwatch
+from tools.benchmarks.throughput_report import log_line, peak_of, results_of
+from tools.benchmarks.throughput_run import Content, Step
+from tools.benchmarks.throughput_split import PARTS, seconds_by_part
 
 REPOSITORY = Path(__file__).parents[2]
 MODEL = REPOSITORY / "examples" / "models" / "qwen2_7b"
@@ -123,7 +132,7 @@ def test_one_flush_against_three_is_measured_and_planned(one_rank, two_stages):
 
 
 def test_the_measured_ratio_is_one_flush_over_three(monkeypatch):
-    config = load_config(None, [*TINY, "parallel.pipeline=2"])
+    config = resolved(*TINY, "parallel.pipeline=2")
 
     @contextmanager
     def pretend(trainer, seconds):
@@ -132,74 +141,159 @@ def test_the_measured_ratio_is_one_flush_over_three(monkeypatch):
 
     monkeypatch.setattr(throughput_run, "_timing_flushes", pretend)
     groups = Namespace(num_stages=2, data=Namespace(size=lambda: 1))
-    trainer = Namespace(config=config, groups=groups, models=Namespace(shape=Namespace(vocab_size=258)))
+    trainer = Namespace(config=config, groups=groups, models=None)
     draws = [[[0, 2], [0, 2]]]
     flush = throughput_run.one_flush_against_three(trainer, made_step(1.0), H100, draws)
     assert flush["measured_ratio"] == flush["measured_ratio_least"] == flush["measured_ratio_greatest"] == 0.25
 
 
-def test_nothing_stays_wrapped_after_a_split():
-    before = DualModel.forward, torch.distributed.all_reduce
-    trainer = Namespace(models=Namespace(redraw=None, _add_over_ranks=None, active_sets={}))
-    with throughput_split.sections(trainer, Stopwatch(float, lambda start, end: 0.0)):
-        assert DualModel.forward is not before[0] and torch.distributed.all_reduce is not before[1]
-    assert (DualModel.forward, torch.distributed.all_reduce) == before
-    operation = throughput_split.head_loss._HeadLoss
-    assert all(isinstance(vars(operation)[name], staticmethod) for name in ("forward", "backward"))
+def mark(name: str, start: float, end: float, category: str = "user_annotation", correlation: int = 0) -> dict:
+    """An event of a Chrome trace; times in seconds."""
+    times = {"ts": 1e6 * start, "dur": 1e6 * (end - start)}
+    return {"ph": "X", "cat": category, "name": name, **times, "args": {"correlation": correlation}}
 
 
-def test_each_moment_counts_once_towards_the_innermost_section():
-    ticks = itertools.count()
-    watch = Stopwatch(lambda: next(ticks), lambda start, end: float(end - start))
-    watch.start()  # 0
-    with watch.section("lower"):  # 1
-        with watch.section("loss"):  # 2
-            with watch.section("communication"):  # 3 to 4
-                pass
-        # loss ends at 5
-    # lower ends at 6
-    with watch.section("waiting"), watch.section("communication"):  # 7, 8; both end: 9, 10
-        pass
-    seconds = watch.stop()  # 11
-    assert seconds == {"other": 3.0, "lower": 2.0, "loss": 2.0, "communication": 1.0, "waiting": 3.0}
+def in_any_order(events: list[dict]) -> list[dict]:
+    random.Random(0).shuffle(events)
+    return events
 
 
-def test_backward_passes_belong_to_the_models_in_the_order_of_their_forward_passes(monkeypatch):
-    """As 1F1B mixes them: two micro-batches ahead, then one backward after each one forward."""
-    monkeypatch.setattr(DualModel, "forward", lambda chunk, task: None)
-    seen, watch = [], Stopwatch(float, lambda start, end: 0.0)
-    watch.start()
-    forward, backward = throughput_split._timed_passes(lambda *_: seen.append(watch._open[-1]), watch)
-    lower, upper = (Namespace(role=role) for role in Role)
-    for task in (lower, lower, None, lower, None, upper, None, upper, None, None):
-        backward() if task is None else forward(None, task)
-    assert seen == ["lower", "lower", "lower", "upper", "upper"]
+def test_each_moment_counts_once_towards_the_innermost_span():
+    spans = [
+        *(
+            mark("step", 0, 20),
+            mark("lower forward", 1, 6),
+            mark("loss", 2, 5),
+            mark("c10d::allreduce_", 3, 4, "cpu_op"),
+        ),
+        *(mark("waiting", 7, 10), mark("gloo:all_reduce", 8, 9), mark("lower backward", 11, 12), mark("flush", 13, 14)),
+        *(mark("upper backward", 12, 13), mark("optimizer", 15, 15), mark("sending", 16, 17), mark("redraw", 18, 19)),
+        *(mark("of others", 4, 5), mark("aten::mm", 25, 30, "cpu_op"), {"ph": "i", "name": "step", "ts": 0}),
+    ]
+    assert seconds_by_part(in_any_order(spans)) == {
+        **{"lower": 3.0, "upper": 1.0, "loss": 2.0, "communication": 2.0, "waiting": 3.0, "redraw": 1.0},
+        "other": 8.0,
+    }
 
 
-def example(num_tokens: int, num_loss_tokens: int) -> Example:
-    mask = np.arange(num_tokens) >= num_tokens - num_loss_tokens
-    return Example(np.zeros(num_tokens, dtype=np.int32), mask, 0)
+def test_a_collective_beside_other_work_is_that_works_time():
+    spans = [
+        *(mark("step", 0, 10), mark("upper backward", 1, 9), mark("XBackward", 1, 8, "cpu_op")),
+        *(mark("gloo:all_reduce", 2, 6), mark("aten::mm", 3, 5, "cpu_op")),
+    ]
+    assert seconds_by_part(in_any_order(spans)) == {"other": 2.0, "upper": 6.0, "communication": 2.0}
 
 
-def test_real_and_padded_tokens_of_a_known_batch():
-    """Two rows of 10 positions: 5 + 4 and a tail of 1; 10 without one. Then a row of 3 and a row of padding alone."""
-    first = [[example(6, 1), example(5, 4)], [example(11, 10)]]
-    parts = [build_micro_batch(rows, 10, 2, pad_id=0) for rows in (first, [[example(4, 2)]])]
-    pairs = sum(causal_pairs(length, None) for length in (5, 4, 1, 10, 3, 7, 10))
-    inside = sum(causal_pairs(length, 4) for length in (5, 4, 1, 10, 3, 7, 10))
-    assert content_of(parts, 4) == Content(Work(40, 17, pairs, inside), real=22, num_microbatches=2)
-    assert content_of(parts, None).work == Work(40, 17, pairs, pairs)
+def test_on_a_device_a_kernel_counts_where_it_was_launched_with_the_idle_time_before_it():
+    """Made up after what torch's profiler writes on CUDA; two streams, the second a collective's."""
+    spans = [
+        *(mark("step", 0, 20), mark("upper forward", 1, 2), mark("upper backward", 2, 4), mark("optimizer", 4, 5)),
+        mark("c10d::allreduce_", 2.5, 3, "cpu_op"),
+    ]
+    launches = [mark("cudaLaunchKernel", 1 + k, 1.1 + k, "cuda_runtime", correlation=k) for k in range(4)]
+    launches[1:2] = [mark("cuLaunchKernelEx", 2.6, 2.7, "cuda_driver", correlation=1)]
+    launches[2:3] = [mark("cudaMemcpyAsync", 3.5, 3.6, "cuda_runtime", correlation=2)]
+    on_device = [
+        *(mark("gemm", 3, 6, "kernel", 0), mark("ncclDevKernel", 6, 9, "kernel", 1)),
+        *(mark("Memcpy", 7, 11, "gpu_memcpy", 2), mark("adamw", 12, 14, "kernel", 3)),
+    ]
+    assert seconds_by_part(in_any_order([*spans, *launches, *on_device])) == {
+        "upper": 6.0 + 2.0,  # the first kernel and what the device waited for it; the copy after the collective
+        "communication": 3.0,
+        "optimizer": 3.0,
+    }
+
+
+def split_with_a_planted_delay(place: str) -> Counter:
+    """On a rank: a step's parts where a function of one of them sleeps."""
+    config = throughput_run.read_config(None, [*TINY, "parallel.pipeline=2"], synthetic=True)
+    trainer = throughput_run.Trainer(Run(config, throughput_run.make_dataset(config, synthetic=True)))
+    owner, name = {
+        "redraw": (trainer.models.chunk, "redraw"),
+        "optimizer": (active_set, "adamw_update"),
+        "loss": (head_loss, "cross_entropy"),
+        "upper": (GatedMLP, "forward"),
+        "waiting": (models, "read_back"),
+        "other": (trainer.sampler, "step"),
+    }[place]
+    original = getattr(owner, name)
+
+    def delayed(*args, **keywords):
+        time.sleep(DELAY)
+        return original(*args, **keywords)
+
+    with mock.patch.object(owner, name, delayed):
+        return throughput_run.traced_step(trainer)[1]
+
+
+DELAY = 0.05
+
+
+@pytest.mark.parametrize("place", ["redraw", "optimizer", "loss", "upper", "waiting", "other"])
+def test_a_planted_delay_shows_in_its_part(place):
+    first, last = run_distributed(2, split_with_a_planted_delay, place)
+    assert last[place] >= DELAY and (place == "loss" or first[place] >= DELAY)
+
+
+def test_every_span_of_a_step_is_in_a_trace_and_nested_as_the_work_is():
+    ((parents, seconds, parts),) = run_distributed(1, parents_of_spans)
+    assert sum(parts.values()) == pytest.approx(seconds)
+    passes = {f"{role} {way}" for role in ("lower", "upper") for way in ("forward", "backward")}
+    assert parents == {
+        "step": {None},
+        **dict.fromkeys(("batch", "redraw", "flush", "waiting", "optimizer"), {"step"}),
+        **dict.fromkeys(passes, {"flush"}),
+        "loss": passes,
+    }
+
+
+def parents_of_spans() -> tuple[dict[str, set[str | None]], float, Counter]:
+    """On a rank: what each kind of span lies in, the seconds of the step's span, and its parts."""
+    config = throughput_run.read_config(None, list(TINY), synthetic=True)
+    trainer = throughput_run.Trainer(Run(config, throughput_run.make_dataset(config, synthetic=True)))
+    with mock.patch.object(throughput_run, "seconds_by_part", lambda events: events):
+        _, events = throughput_run.traced_step(trainer)
+    marked = [event for event in events if event.get("cat") == "user_annotation" and event["name"] in Span]
+    parents: dict[str, set[str | None]] = {}
+    for own in marked:
+        around = [each for each in marked if holds(each, own)]
+        parent = min(around, key=lambda each: each["dur"])["name"] if around else None
+        parents.setdefault(own["name"], set()).add(parent)
+    (seconds,) = (event["dur"] / 1e6 for event in marked if event["name"] == "step")
+    return parents, seconds, seconds_by_part(events)
+
+
+def holds(outer: dict, inner: dict) -> bool:
+    return (
+        outer is not inner and outer["ts"] <= inner["ts"] and inner["ts"] + inner["dur"] <= outer["ts"] + outer["dur"]
+    )
+
+
+def test_without_a_profiler_nothing_is_recorded_and_the_schedule_has_no_timers():
+    assert run_distributed(1, timers_after_a_step) == [[True, False]]
+
+
+def timers_after_a_step() -> list[bool]:
+    """On a rank: whether the schedule had none, after a step without a profiler and one with."""
+    config = throughput_run.read_config(None, list(TINY), synthetic=True)
+    trainer = throughput_run.Trainer(Run(config, throughput_run.make_dataset(config, synthetic=True)))
+    found = []
+    with mock.patch.object(spans, "record_function", side_effect=AssertionError):
+        throughput_run.timed_step(trainer)
+        found.append(trainer.models.chunk.config.timers is None)
+    throughput_run.traced_step(trainer)
+    return [*found, trainer.models.chunk.config.timers is None]
 
 
 def steps_on_a_rank(settings: tuple[str, ...]) -> tuple[list[Step], list[list[list[int]]], list[tuple[int, int]]]:
     """Steps as the tool takes them, their draws, and the trainer's own count of (tokens, loss tokens)."""
     config = throughput_run.read_config(None, [*TINY, *settings], synthetic=True)
-    trainer = throughput_run.Trainer(config, throughput_run.make_dataset(config, synthetic=True))
+    trainer = throughput_run.Trainer(Run(config, throughput_run.make_dataset(config, synthetic=True)))
     steps, draws = [], []
     for _ in range(3):
         steps.append(throughput_run.timed_step(trainer))
         draws.append([trainer.active_layers[role] for role in Role])
-    counts = [(step.record["num_tokens"], step.record["num_loss_tokens"]) for step in steps]
+    counts = [(step.record.num_tokens, step.record.num_loss_tokens) for step in steps]
     return steps, draws, counts
 
 
@@ -207,14 +301,15 @@ def steps_on_a_rank(settings: tuple[str, ...]) -> tuple[list[Step], list[list[li
 def test_the_flops_are_those_of_the_whole_batch_under_every_layout(layout):
     """Two data-parallel ranks (no layout) share what two ranks of one replica compute together."""
     settings = ("data.packing=false", *layout)
-    config = load_config(None, [*TINY, *settings])
+    config = resolved(*TINY, *settings)
     for steps, draws, counts in run_distributed(2, steps_on_a_rank, settings):
         for step, draw, (num_tokens, num_loss_tokens) in zip(steps, draws, counts, strict=True):
             assert step.train.real + step.validation.real == num_tokens
             assert step.train.work.loss_tokens + step.validation.work.loss_tokens == num_loss_tokens
             assert (step.train.work.positions, step.validation.work.positions) == (8 * 32, 4 * 32)
-            assert step.flops == step_flops(config, 258, draw, step.train.work, step.validation.work)
+            assert step.flops == step_flops(config, draw, step.train.work, step.validation.work)
             assert step.positions == 2 * 8 * 32 + 4 * 32
+            assert step.record.tflops_per_gpu * step.record.step_seconds * 2e12 == pytest.approx(step.flops.executed)
         assert [step.redrew for step in steps] == [True, False, True]
 
 
@@ -222,7 +317,7 @@ def test_the_flops_are_those_of_the_whole_batch_under_every_layout(layout):
     "device, hf_path, made", [("cuda", None, True), ("cuda", "folder", False), ("cpu", None, False)]
 )
 def test_random_weights_are_made_on_a_gpu_alone(device, hf_path, made):
-    config = load_config(None, TINY)
+    config = resolved(*TINY)
     config.model.hf_path = hf_path
     assert (throughput_run.initial_weights(config, torch.device(device)) is not None) == made
 
@@ -231,7 +326,8 @@ def test_random_weights_are_a_function_of_the_name():
     def made(name: str, shape: tuple[int, ...], **attributes) -> torch.Tensor:
         tensor = Parameter(torch.empty(shape, dtype=torch.bfloat16, device="meta"))
         vars(tensor).update(attributes)
-        return throughput_run.random_weights(CPU, NamedParameter(name, tensor, shape, None, False))
+        parameter = NamedParameter(name, *FAMILIES["qwen2"].find(name), tensor, shape, False)
+        return throughput_run.random_weights(CPU, parameter)
 
     matrix = made("decoder.layers.1.mlp.linear_fc1.weight", (301, 99))
     assert matrix.dtype == torch.bfloat16 and matrix.float().std().item() == pytest.approx(0.02, rel=0.02)
@@ -257,9 +353,10 @@ def run_from_made_weights(folder: Path) -> list[str]:
 
 def made_step(seconds: float) -> Step:
     work = Work(1000, 500, 8000, 8000)
-    record = {"step": 5, "lr": 2e-6, "grad_norm_upper": 1.25, "train_loss_upper": {"a": 2.0, "b": None, "c": 4.0}}
+    losses = {"a": 2.0, "b": None, "c": 4.0}
+    record = a_record(5, lr=2e-6, grad_norm_upper=1.25, train_loss_upper=losses, step_seconds=seconds)
     flops = throughput_run.Flops(3e12, 2e12, 1e12, 4e12)
-    return Step(seconds, seconds, Content(work, 800, 1), Content(work, 600, 1), flops, False, record, {})
+    return Step(seconds, Content(work, 800, 1), Content(work, 600, 1), flops, False, record)
 
 
 def test_rates_are_totals_over_total_time():
@@ -273,7 +370,7 @@ def test_rates_are_totals_over_total_time():
     assert results["utilization"]["mfu"]["given"] == pytest.approx(0.75)
     assert results["utilization"]["hfu"]["given"] == pytest.approx(1.25)
     positions = 3 * (2 * 1000 + 1000)  # lower and upper on the training positions, upper on the validation ones
-    six_n = 6 * model_parameters("qwen2", config.model.shape, 258) * positions
+    six_n = 6 * model_parameters(config.model) * positions
     assert results["tflops_per_gpu"]["six_n_equivalent"] == pytest.approx(six_n / 6.0 / 2 / 1e12)
 
 

@@ -99,8 +99,13 @@ def main() -> int:
     rows = [summary(name, gap, found["fp32"]) for name, gap in found.items()]
     for row in rows:
         print("  ".join(f"{key} {value if isinstance(value, str) else f'{value:.3g}'}" for key, value in row.items()))
-    content = {"environment": environment(trainer.device, args.settings), "sources": run.dataset.source_names, "rows": rows}
-    write_results(args.out, content | {"gaps": {name: gap.tolist() for name, gap in found.items()}})
+    content = {
+        "environment": environment(trainer.device, args.settings),
+        "sources": run.dataset.source_names,
+        "rows": rows,
+        "gaps": {name: gap.tolist() for name, gap in found.items()},
+    }
+    write_results(args.out, content)
     return 0
 
 

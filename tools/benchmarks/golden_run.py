@@ -24,6 +24,6 @@ def golden_run(*settings: str) -> list[dict]:
         trainer = Trainer(open_run(QUICKSTART, [*SETTINGS, *task, *settings], writes=False))
     records = []
     for _ in range(STEPS):
-        record = trainer.record(*trainer.take_step())
+        record = trainer.record(*trainer.take_step()).to_dict()
         records.append({key: record[key] for key in KEYS})
     return records

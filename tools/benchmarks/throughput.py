@@ -1,4 +1,4 @@
-"""A throughput run: warm-up, timed steps, steps with timers around their parts, one flush against three."""
+"""A throughput run: warm-up, timed steps, steps under the profiler, one flush against three."""
 
 import argparse
 import json
@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_scalebio.config import Config, UserError, to_dict
-from megatron_scalebio.device import choose_device
-from megatron_scalebio.plan.memory import GIB
-from megatron_scalebio.plan.planner import Plan, draws_of, make_plan
-from megatron_scalebio.plan.seconds import H100, device_of
+from megatron_scalebio.device import choose_device, reset_peak_memory
+from megatron_scalebio.plan.planner import Plan
+from megatron_scalebio.plan.seconds import H100
+from megatron_scalebio.run import Run
 from megatron_scalebio.trainer import Trainer
 from tools.benchmarks.environment import environment
 from tools.benchmarks.throughput_compare import compare, comparison_lines
@@ -33,15 +33,15 @@ from tools.benchmarks.throughput_run import (
     device_memory,
     initial_weights,
     make_dataset,
+    measured_memory,
     one_flush_against_three,
-    peak_memory,
     read_config,
-    reset_peak_memory,
     resident_bytes,
     timed_step,
+    traced_step,
     world_size,
 )
-from tools.benchmarks.throughput_split import PARTS, sections, stopwatch
+from tools.benchmarks.throughput_split import PARTS
 
 STEPS_WITHOUT_PERIODS = 10
 
@@ -85,24 +85,23 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
 def _measure(args: argparse.Namespace, content: dict[str, Any], config: Config, num_steps: int, num_split: int) -> None:
     """Fills in content["results"], first what the timed steps say, then what is measured apart."""
     dataset, memory = make_dataset(config, args.synthetic), device_memory(choose_device(config.run.device))
-    vocab_size = config.model.shape.vocab_size or dataset.tokenizer.vocab_size
-    plan = _plan(config, vocab_size, memory, args.warmup + num_steps)
+    plan = _plan(config, memory, args.warmup + num_steps)
     if memory is not None:
         content["plan"] = {"verdict": plan.verdict, "fits": plan.fits}
         _tell(f"plan: {plan.verdict}")
     resident_before = resident_bytes()
-    trainer = Trainer(config, dataset, initial_weights(config, choose_device(config.run.device)))
-    _tell(f"{args.warmup} steps of warm-up, {num_steps} timed, {num_split} more with timers around their parts")
+    trainer = Trainer(Run(config, dataset), initial_weights(config, choose_device(config.run.device)))
+    _tell(f"{args.warmup} steps of warm-up, {num_steps} timed, {num_split} more under the profiler")
     for _ in range(args.warmup):
         timed_step(trainer)
     reset_peak_memory(trainer.device)
     steps = [_logged_step(trainer, args.warmup + num_steps) for _ in range(num_steps)]
 
     peak = peak_of(trainer.device, content["environment"]["device"], args.peak_tflops)
-    results = content["results"] = results_of(steps, config, vocab_size, world_size(), peak)
+    results = content["results"] = results_of(steps, config, world_size(), peak)
     content["run"]["redraws"] = sum(step.redrew for step in steps)
     content["steps"] = [{"seconds": step.seconds, "redrew": step.redrew} for step in steps]
-    peak_bytes = peak_memory(trainer.device, resident_before)
+    peak_bytes = measured_memory(trainer.device, resident_before)
     results |= {"memory": _gathered(against_plan(_rank(), peak_bytes, plan)), "split": None, "flush": None}
     if _rank() == 0:
         _write(args.out, content)  # should the time be up during what follows, this is kept
@@ -114,14 +113,14 @@ def _measure(args: argparse.Namespace, content: dict[str, Any], config: Config, 
 
 
 def measure_split(trainer: Trainer, num_steps: int, untimed: list[Step]) -> dict[str, Any]:
-    """Mean seconds of a step by part on every rank, and what the timers add to it."""
-    watch, seconds = stopwatch(trainer.device), Counter()
-    with sections(trainer, watch):
-        steps = [timed_step(trainer, watch) for _ in range(num_steps)]
-    for step in steps:
-        seconds.update(step.parts)
-    redraws, total = sum(step.redrew for step in steps), sum(step.own_seconds for step in steps)
-    # Whatever no section saw, on whichever clock, is in the rest: the parts are the step.
+    """Mean seconds of a step by part on every rank, and what the profiler adds to it."""
+    steps, seconds = [], Counter()
+    for _ in range(num_steps):
+        step, parts = traced_step(trainer)
+        steps.append(step)
+        seconds.update(parts)
+    redraws, total = sum(step.redrew for step in steps), sum(step.record.step_seconds for step in steps)
+    # Whatever no span saw, on whichever clock, is in the rest: the parts are the step.
     seconds["other"] = total - sum(seconds[part] for part in PARTS if part != "other")
     mine = {
         "rank": trainer.groups.rank,
@@ -149,15 +148,14 @@ def _logged_step(trainer: Trainer, last: int) -> Step:
     return step
 
 
-def _plan(config: Config, vocab_size: int, memory: int | None, last_step: int) -> Plan:
+def _plan(config: Config, memory: int | None, last_step: int) -> Plan:
     """Of the steps up to the last timed one: later draws thaw more. On the CPU, where `memory` is None, an H100's."""
     config = replace(config, bilevel=replace(config.bilevel, steps=last_step))
-    memory = memory or int(H100.memory * GIB)
-    return make_plan(config, vocab_size, world_size(), memory, device_of(memory / GIB), draws_of(config))
+    return Plan.of(config, world_size(), memory or H100.memory)
 
 
 def _numbers_of_steps(args: argparse.Namespace, config: Config) -> tuple[int, int]:
-    """(timed steps, steps with timers); tells of too few."""
+    """(timed steps, steps under the profiler); tells of too few."""
     lisa = config.lisa
     if not lisa.enabled or lisa.num_active_layers >= config.model.shape.num_layers:
         return args.steps or STEPS_WITHOUT_PERIODS, args.steps or STEPS_WITHOUT_PERIODS

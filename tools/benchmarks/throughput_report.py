@@ -10,26 +10,11 @@ import torch
 
 from megatron_scalebio.config import Config
 from megatron_scalebio.plan.flops import Flops, six_n_equivalent
-from megatron_scalebio.plan.memory import GIB
 from megatron_scalebio.plan.planner import Plan
-from megatron_scalebio.plan.seconds import H100, H200
+from megatron_scalebio.plan.sizes import GIB
+from megatron_scalebio.plan.utilization import PEAKS
 from tools.benchmarks.throughput_run import Step
 from tools.benchmarks.throughput_split import PARTS
-
-# Dense TFLOP/s by the operands' type, by torch's name of the device. NVIDIA's data sheets of A100, H100, GH200, H200
-# and HGX B200; those from Hopper on print FLOPs with sparsity, twice these.
-PEAKS: dict[str, dict[str, float]] = {
-    "NVIDIA A100-SXM4-40GB": {"bf16": 312},
-    "NVIDIA A100-SXM4-80GB": {"bf16": 312},
-    "NVIDIA A100 80GB PCIe": {"bf16": 312},
-    "NVIDIA H100 80GB HBM3": {kind: peak / 1e12 for kind, peak in H100.flops.items()},
-    "NVIDIA H100 PCIe": {"bf16": 756, "fp8": 1513},
-    "NVIDIA H100 NVL": {"bf16": 835, "fp8": 1671},
-    "NVIDIA GH200 480GB": {kind: peak / 1e12 for kind, peak in H100.flops.items()},
-    "NVIDIA H200": {kind: peak / 1e12 for kind, peak in H200.flops.items()},
-    "NVIDIA H200 NVL": {"bf16": 835, "fp8": 1671},
-    "NVIDIA B200": {"bf16": 2250, "fp8": 4500},
-}
 
 # What the plan counts that is no tensor of torch's allocator, or not only.
 NOT_TENSORS = ("host masters", "communication buffers", "allocator reserve")
@@ -52,10 +37,11 @@ def peak_of(device: torch.device, device_name: str, given: float | None) -> Peak
         return Peak("none", {}, "no peak is known of a CPU; --peak-tflops gives one")
     if device_name not in PEAKS:
         return Peak("none", {}, f"no peak is known of {device_name}; --peak-tflops gives one")
-    return Peak(f"{device_name}, dense, NVIDIA's data sheet", PEAKS[device_name])
+    tflops = {kind: peak / 1e12 for kind, peak in PEAKS[device_name].items()}
+    return Peak(f"{device_name}, dense, NVIDIA's data sheet", tflops)
 
 
-def results_of(steps: Sequence[Step], config: Config, vocab_size: int, world_size: int, peak: Peak) -> dict[str, Any]:
+def results_of(steps: Sequence[Step], config: Config, world_size: int, peak: Peak) -> dict[str, Any]:
     """Times, rates and utilisation of steps; rates are totals over total time, redraws included."""
     seconds = [step.seconds for step in steps]
     total = sum(seconds)
@@ -69,7 +55,7 @@ def results_of(steps: Sequence[Step], config: Config, vocab_size: int, world_siz
     flops = {
         "executed": done.executed,
         "model": done.model,
-        "six_n_equivalent": six_n_equivalent(config, vocab_size, sum(step.positions for step in steps)),
+        "six_n_equivalent": six_n_equivalent(config, sum(step.positions for step in steps)),
     }
     rates = {kind: number / total / world_size / 1e12 for kind, number in flops.items()}
     deciles = statistics.quantiles(seconds, n=10, method="inclusive") if len(seconds) > 1 else seconds
@@ -115,19 +101,19 @@ def log_line(step: Step, num_steps: int, batch_size: int, world_size: int) -> st
     """Megatron-LM's wording, order and formats (megatron/training/training.py, `training_log`, 0.19.2). The loss is the
     upper model's mean over the training sources, the norm the upper model's; FLOPs are the model's under LISA."""
     record = step.record
-    losses = [loss for loss in record["train_loss_upper"].values() if loss is not None]
+    losses = [loss for loss in record.train_loss_upper.values() if loss is not None]
     tflops = step.flops.model / step.seconds / world_size / 1e12
     return (
         f" [{datetime.now().strftime('%Y-%m-%d %H:%M:%S.%f')}]"
-        f" iteration {record['step']:8d}/{num_steps:8d} |"
-        f" consumed samples: {record['step'] * batch_size:12d} |"
+        f" iteration {record.step:8d}/{num_steps:8d} |"
+        f" consumed samples: {record.step * batch_size:12d} |"
         f" elapsed time per iteration (ms): {step.seconds * 1000.0:.1f} |"
         f" throughput per GPU (TFLOP/s/GPU): {tflops:.1f} |"
-        f" learning rate: {record['lr']:.6E} |"
+        f" learning rate: {record.lr:.6E} |"
         f" global batch size: {batch_size:5d} |"
         f" lm loss: {statistics.fmean(losses):.6E} |"
         f" loss scale: {1.0:.1f} |"
-        f" grad norm: {record['grad_norm_upper']:.3f} |"
+        f" grad norm: {record.grad_norm_upper:.3f} |"
         f" number of skipped iterations: {0:3d} |"
         f" number of nan iterations: {0:3d} |"
     )
@@ -186,7 +172,7 @@ def _split_lines(split: dict[str, Any]) -> Iterator[str]:
     rows.append(["step", *(f"{1e3 * rank['step_seconds']:.2f}" for rank in split["ranks"])])
     yield from _table(rows)
     yield (
-        f"  with these timers a step took {_shown(split['median_step_seconds'])} s (median), for equal FLOPs"
+        f"  under the profiler a step took {_shown(split['median_step_seconds'])} s (median), for equal FLOPs"
         f" {split['overhead']:+.0%} of the timed steps' time"
     )
     if split["seconds_per_redraw"] is not None:

@@ -3,14 +3,15 @@
 T positions of a micro-batch.
 """
 
+import json
 import os
-import resource
-import sys
+import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_scalebio.active_layers import Role
+from megatron_scalebio.anatomy import Initial
 from megatron_scalebio.config import Config, SourceConfig, UserError, given_settings, load_config
-from megatron_scalebio.data import Dataset, Example, MicroBatch, load_dataset
+from megatron_scalebio.data import Dataset, Example, load_dataset
+from megatron_scalebio.data.batch import Rows
 from megatron_scalebio.data.tokenizers import BytesTokenizer
+from megatron_scalebio.device import peak_memory
 from megatron_scalebio.hf import adopt_checkpoint, check_checkpoint, read_shape
 from megatron_scalebio.mcore.parameters import NamedParameter
-from megatron_scalebio.plan.flops import Flops, Work, step_flops, work_of
+from megatron_scalebio.plan.flops import Flops, Work
 from megatron_scalebio.plan.seconds import Device, predict_step, stage_loads
+from megatron_scalebio.plan.utilization import batch_flops, work_of_rows
 from megatron_scalebio.rules import check_config
+from megatron_scalebio.run import open_config
+from megatron_scalebio.show.record import StepRecord
+from megatron_scalebio.spans import Span, profiler, span
 from megatron_scalebio.trainer import Trainer
-from tools.benchmarks.throughput_split import Stopwatch
+from tools.benchmarks.throughput_split import seconds_by_part
 
 SYNTHETIC_EXAMPLES = 256  # of each source
 SYNTHETIC_LENGTHS = (1 / 8, 3 / 8)  # least and greatest, of data.max_length
@@ -43,15 +50,15 @@ def world_size() -> int:
 
 
 def read_config(path: str | None, overrides: list[str], synthetic: bool) -> Config:
-    """The configuration to measure. Where model.hf_path holds only a config.json, that is the shape of random weights,
-    which settings of model.shape may change. Raises: UserError."""
+    """The resolved configuration to measure. Where model.hf_path holds only a config.json, that is the shape of random
+    weights, which settings of model.shape may change. Raises: UserError."""
     config, given = load_config(path, overrides), given_settings(path, overrides)
     config.run.resume = "never"
     if config.model.hf_path is not None:
         folder = Path(config.model.hf_path)
         if any(folder.glob("*.safetensors")):
             adopt_checkpoint(config, given)
-            check_checkpoint(config)
+            check_checkpoint(config.model)
         else:
             config.model.family, config.model.shape = read_shape(folder)
             for key, value in given.items():
@@ -63,7 +70,7 @@ def read_config(path: str | None, overrides: list[str], synthetic: bool) -> Conf
         config.data.sources = [SourceConfig(name, "synthetic") for name in names]
         config.data.validation, config.data.test, config.data.tokenizer = "synthetic", None, "bytes"
     check_config(config, world_size(), None)
-    return config
+    return open_config(config, world_size=world_size())
 
 
 def make_dataset(config: Config, synthetic: bool) -> Dataset:
@@ -79,7 +86,7 @@ def make_dataset(config: Config, synthetic: bool) -> Dataset:
 def synthetic_dataset(config: Config) -> Dataset:
     """Random tokens in examples of 1/8 to 3/8 of data.max_length; the second half of each carries loss."""
     generator, tokenizer = np.random.default_rng(0), BytesTokenizer()
-    vocab_size = config.model.shape.vocab_size or tokenizer.vocab_size
+    vocab_size = config.model.shape.vocab_size
     if vocab_size < tokenizer.vocab_size:
         raise UserError(f"model.shape.vocab_size={vocab_size}: synthetic data need {tokenizer.vocab_size} or more")
     least, greatest = (max(2, round(share * config.data.max_length)) for share in SYNTHETIC_LENGTHS)
@@ -107,10 +114,10 @@ def initial_weights(config: Config, device: torch.device) -> Callable[[NamedPara
 
 def random_weights(device: torch.device, parameter: NamedParameter) -> Tensor:
     """A rank's shard of a parameter, a function of its name: normal with deviation 0.02, norms neutral, biases 0."""
-    shape, dtype = parameter.tensor.shape, parameter.tensor.dtype
-    if parameter.name.endswith("norm.weight"):
+    shape, dtype, initial = parameter.tensor.shape, parameter.tensor.dtype, parameter.declared.initial
+    if initial is Initial.NEUTRAL:
         return torch.full(shape, getattr(parameter.tensor, "neutral", 1.0), dtype=dtype, device=device)
-    if parameter.name.endswith(".bias"):
+    if initial is Initial.ZERO:
         return torch.zeros(shape, dtype=dtype, device=device)
     generator = torch.Generator(device).manual_seed(zlib.crc32(parameter.name.encode()))
     return torch.randn(shape, generator=generator, dtype=dtype, device=device).mul_(0.02)
@@ -124,27 +131,8 @@ class Content:
     real: int  # positions that hold an example
     num_microbatches: int
 
-    def __add__(self, other: "Content") -> "Content":
-        return Content(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(Content)))
-
 
 EMPTY = Content(Work(0, 0, 0, 0), 0, 0)
-
-
-def content_of(micro_batches: Iterable[MicroBatch], window: int | None) -> Content:
-    """Counted from what is handed to the models. Every example carries loss, so a segment without it is padding.
-
-    Args:
-        window: the sliding window of the layers that have one.
-    """
-    total = EMPTY
-    for part in micro_batches:
-        ends = part.cu_seqlens.numpy()
-        loss_tokens = np.histogram(part.loss_positions.numpy(), ends)[0]
-        lengths = np.diff(ends)
-        work = work_of(lengths.tolist(), len(part.tokens), len(part.targets), window)
-        total += Content(work, int(lengths[loss_tokens > 0].sum()), 1)
-    return total
 
 
 @dataclass(frozen=True)
@@ -152,13 +140,11 @@ class Step:
     """One step that all ranks took together."""
 
     seconds: float  # the slowest rank's
-    own_seconds: float
     train: Content  # of all data-parallel ranks; read once, though both models run it
     validation: Content
     flops: Flops  # of all ranks
     redrew: bool
-    record: dict[str, Any]  # as in metrics.jsonl
-    parts: dict[str, float]  # this rank's seconds by part, where a watch was given
+    record: StepRecord  # this rank's
 
     @property
     def positions(self) -> int:
@@ -167,32 +153,37 @@ class Step:
         return models * self.train.work.positions + self.validation.work.positions
 
 
-def timed_step(trainer: Trainer, watch: Stopwatch | None = None) -> Step:
-    """Take a step and its record, as the trainer's loop does. The record reads the gradients' norms from the device,
-    so that the clock stops when the device is done."""
+def timed_step(trainer: Trainer) -> Step:
+    """Take a step and its record, as the trainer's loop does."""
     before = trainer.active_layers
-    started = time.perf_counter()
-    if watch is not None:
-        watch.start()
-    batch, result = trainer.take_step()
-    record = trainer.record(batch, result)
-    own = time.perf_counter() - started
-    parts = {} if watch is None else watch.stop()
+    with span(Span.STEP):
+        batch, result = trainer.take_step()
+        record = trainer.record(batch, result)
     config, groups = trainer.config, trainer.groups
-    contents = [content_of(part, config.model.shape.sliding_window) for part in (batch.train, batch.validation)]
-    first = groups.tensor_rank == 0 and groups.is_first_stage  # the other ranks of its replica hold the same examples
     everyone: list[Any] = [None] * groups.world_size
-    dist.all_gather_object(everyone, (own, contents if first else [EMPTY, EMPTY]))
-    train, validation = (sum(parts, EMPTY) for parts in zip(*(found for _, found in everyone), strict=True))
-    active = [trainer.active_layers[role] for role in (list(Role) if validation != EMPTY else [Role.UPPER])]
-    flops = step_flops(config, trainer.models.shape.vocab_size, active, train.work, validation.work)
-    slowest = max(seconds for seconds, _ in everyone)
-    return Step(slowest, own, train, validation, flops, trainer.active_layers != before, record, parts)
+    dist.all_gather_object(everyone, record.step_seconds)
+    window, replicas = config.model.shape.sliding_window, groups.data.size()
+
+    def content(rows: Rows, num_loss_tokens: int, num_microbatches: int) -> Content:
+        return Content(work_of_rows(rows, num_loss_tokens, window), sum(rows.examples), num_microbatches * replicas)
+
+    train = content(batch.train_rows, sum(batch.num_loss_tokens), len(batch.train))
+    validation = content(batch.validation_rows, batch.num_validation_loss_tokens, len(batch.validation))
+    active = [trainer.active_layers[role] for role in result.grad_norm]
+    flops = batch_flops(config, trainer.models.shape.vocab_size, active, batch)
+    return Step(max(everyone), train, validation, flops, trainer.active_layers != before, record)
 
 
-def reset_peak_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+def traced_step(trainer: Trainer) -> tuple[Step, Counter[str]]:
+    """Take a step under the profiler. Returns it and this rank's seconds by part."""
+    recorder = profiler(trainer.device)
+    with recorder:
+        dist.barrier()  # who has read the last trace sooner would wait in this step for the others
+        step = timed_step(trainer)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.json"
+        recorder.export_chrome_trace(str(file))
+        return step, seconds_by_part(json.loads(file.read_text(encoding="utf-8"))["traceEvents"])
 
 
 def resident_bytes() -> int:
@@ -200,13 +191,11 @@ def resident_bytes() -> int:
     return psutil.Process().memory_info().rss
 
 
-def peak_memory(device: torch.device, resident_before: int) -> dict[str, int]:
+def measured_memory(device: torch.device, resident_before: int) -> dict[str, int]:
     """On CUDA the allocator's bytes at their most since the reset; on the CPU the process's, who never gives back."""
     if device.type == "cuda":
-        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-        return {"allocated_bytes": allocated, "reserved_bytes": reserved}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
-    return {"resident_bytes": peak, "resident_before_bytes": resident_before}
+        return {"allocated_bytes": peak_memory(device), "reserved_bytes": torch.cuda.max_memory_reserved(device)}
+    return {"resident_bytes": peak_memory(device), "resident_before_bytes": resident_before}
 
 
 def device_memory(device: torch.device) -> int | None:
@@ -229,8 +218,8 @@ def one_flush_against_three(trainer: Trainer, step: Step, device: Device, draws:
     counts = [content.num_microbatches // replicas for content in (step.train, step.train, step.validation)]
     total = step.train.work + step.validation.work
     work = Work(*(round(number / (counts[0] + counts[-1]) / replicas) for number in vars(total).values()))
-    config, vocab_size = trainer.config, trainer.models.shape.vocab_size
-    planned = predict_step(config, vocab_size, replicas, device, stage_loads(config, draws), work, counts)
+    config = trainer.config
+    planned = predict_step(config, replicas, device, stage_loads(config, draws), work, counts)
     even = (sum(counts) + stages - 1) / sum(number + stages - 1 for number in counts)
     return {
         "measured_ratio": float(np.median(ratios[1:])),

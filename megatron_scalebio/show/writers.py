@@ -1,0 +1,80 @@
+"""Who takes a run's records as they come, and who hands them on: see `MetricsWriter.writers`."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from megatron_scalebio.config import Config, write_config
+from megatron_scalebio.run_folder import RunFolder
+from megatron_scalebio.show.console import RunConsole
+from megatron_scalebio.show.metrics import MetricsFiles, claim_folder, take_up_metrics, weights_summary
+from megatron_scalebio.show.record import StepRecord
+
+
+class Writer(Protocol):
+    """Shows or keeps one run's records, on the main rank. `summary` is `weights_summary`'s."""
+
+    def open(self) -> None:
+        """Before the first record: the output folder is this run's, and holds config.yaml and what a run that this one
+        continues has written."""
+
+    def record(self, record: StepRecord, summary: dict[str, Any]) -> None:
+        """One step, as soon as it is known."""
+
+    def close(self, summary: dict[str, Any] | None) -> None:
+        """After the last record. `summary` is None where there was none, or where an exception ends the run."""
+
+
+class MetricsWriter:
+    """Hands each record of a run to its writers; ranks but the main do nothing. Used as a context manager.
+
+    `num_examples` is {source name: usable records}, in the order of the sources. `start_step` is the number of steps
+    already done: 0, or the step of the checkpoint that the run continues from. Records of later steps that an
+    interrupted run has left behind are moved to metrics.dropped-N.jsonl.
+    """
+
+    def __init__(self, config: Config, num_examples: dict[str, int], start_step: int, is_main_rank: bool):
+        self.config, self.start_step, self.is_main_rank = config, start_step, is_main_rank
+        self.folder = RunFolder(Path(config.run.output_dir))
+        self.writers: list[Writer] = [MetricsFiles(config, num_examples), RunConsole(config, num_examples)]
+        self.history: list[dict[str, float]] = []  # weights after each step, from step 1
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "MetricsWriter":
+        if not self.is_main_rank:
+            return self
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        if self.start_step == 0 and self.config.run.resume == "never":
+            claim_folder(self.folder)
+        write_config(self.config, self.folder.config)
+        self.history = [record["weights"] for record in take_up_metrics(self.folder, self.start_step)]
+        with ExitStack() as stack:  # what was opened is closed, should the next not open
+            for writer in self.writers:
+                writer.open()
+                stack.push(_closing(writer, self.history))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def record(self, record: StepRecord) -> None:
+        """Takes one step's record. On disk, flushed, before it returns."""
+        if not self.is_main_rank:
+            return
+        self.history.append(record.to_dict()["weights"])
+        summary = weights_summary(self.history)
+        for writer in self.writers:
+            writer.record(record, summary)
+
+
+def _closing(writer: Writer, history: list[dict[str, float]]) -> Any:
+    """What closes a writer when the run ends: the end of an ExitStack's context."""
+
+    def close(kind: type[BaseException] | None, *_: object) -> None:
+        writer.close(weights_summary(history) if kind is None and history else None)
+
+    return close
