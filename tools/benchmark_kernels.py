@@ -7,6 +7,7 @@
 Only what passes its check gets a time (tools/benchmarks/kernel_checks.py); a peer that is absent, fails or cannot do a
 shape is listed with the reason. Peers: pip install liger-kernel cut-cross-entropy "quack-kernels[cu13]". On a CPU the
 shapes are tiny and the times mean nothing: they show that the tool works. Exits with status 1 if ours is wrong.
+te_linear is left out where Transformer Engine cannot run; asked for by name, it then exits with status 2.
 """
 
 import argparse

@@ -9,18 +9,19 @@ started again on it, a study does what it lacks. Exit status: 2 for a mistake in
 """
 
 import argparse
-import os
 import sys
+import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# Megatron-Core warns of every optional package that is not there. Here, so that the runs' own processes do it, too.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
 
-from megatron_scalebio.config import UserError
-from tools.studies import moments, presets, smollm2
-from tools.studies.runner import run_study, table_lines
+from megatron_scalebio.config import UserError  # noqa: E402
+from tools.studies import moments, presets, smollm2  # noqa: E402
+from tools.studies.runner import run_study, table_lines  # noqa: E402
 
 STUDIES = {"presets": presets, "moments": moments, "smollm2": smollm2}
-ON_CPU = (presets, moments)  # small models: as many runs at a time as there are cores
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,8 +47,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         )
         declared.add_options(own)
         own.add_argument("--seeds", type=int, default=declared.SEEDS, help="seeds 1 to this; default: %(default)s")
-        processes = (os.cpu_count() or 1) if declared in ON_CPU else 1
-        own.add_argument("--processes", type=int, default=processes, help="runs at a time; default: %(default)s")
+        own.add_argument(
+            "--processes", type=int, default=declared.PROCESSES, help="runs at a time; default: %(default)s"
+        )
         own.add_argument("--threads", type=int, default=1, help="of each run; default: 1")
         own.add_argument("--out", type=Path, help="JSON file, written after every run and continued if it is there")
     args, args.settings = parser.parse_known_args(argv)

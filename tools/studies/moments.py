@@ -16,7 +16,7 @@ from tools.benchmarks.tasks import QUICKSTART
 from tools.studies import presets
 from tools.studies.runner import Arm, Study
 
-SEEDS = 4
+SEEDS, PROCESSES = 4, presets.PROCESSES
 add_options = presets.add_options
 
 

@@ -5,12 +5,14 @@ and the batch of examples/quickstart.yaml, from random weights.
 """
 
 import argparse
+import os
 from pathlib import Path
 
 from tools.benchmarks.tasks import QUICKSTART, make_arithmetic, settings_of
 from tools.studies.runner import Arm, Study
 
 SEEDS = 5
+PROCESSES = os.cpu_count() or 1  # small models
 SETTINGS = ("parallel.tensor=1", "run.device=cpu")
 ORDER = ("clean", "wrong_025")
 LOGITS = {

@@ -11,7 +11,7 @@ from megatron_scalebio.config import UserError
 from tools.benchmarks.tasks import settings_of, sources_of
 from tools.studies.runner import Arm, Study
 
-SEEDS = 1
+SEEDS, PROCESSES = 1, 1
 UNIFORM = "fixed, uniform"
 
 
