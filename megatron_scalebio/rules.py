@@ -8,6 +8,7 @@ from megatron_scalebio.anatomy import FAMILIES, head_size
 from megatron_scalebio.anatomy.decoder import OUTER_BLOCKS
 from megatron_scalebio.anatomy.fields import ROPE_SCALING
 from megatron_scalebio.config import Config, UserError, flatten, nearest
+from megatron_scalebio.source_weights import LOGITS_OPTIMIZERS
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "model.family": tuple(FAMILIES),
@@ -17,7 +18,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "bilevel.mode": ("bilevel", "fixed"),
     "bilevel.train_loss_unit": ("example", "token"),
     "bilevel.validation_loss_unit": ("token", "example"),
-    "bilevel.logits_optimizer": ("adamw", "exponentiated_gradient", "sgd"),
+    "bilevel.logits_optimizer": tuple(LOGITS_OPTIMIZERS),
     "bilevel.logits_schedule": ("constant", "cosine"),
     "lisa.pairing": ("shared", "independent"),
     "optimizer.schedule": ("cosine", "constant"),
