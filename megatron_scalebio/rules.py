@@ -11,13 +11,15 @@ from typing import Any
 from megatron_scalebio.anatomy import FAMILIES, head_size
 from megatron_scalebio.anatomy.fields import ROPE_SCALING
 from megatron_scalebio.config import SETTINGS, Config, Setting, UserError, flatten
+from megatron_scalebio.source_weights import LOGITS_OPTIMIZERS
 
-# What is declared elsewhere, so that a new family touches no setting.
+# What is declared elsewhere, so that a new family or logits optimizer touches no setting.
 FOUND: dict[str, dict[str, Any]] = {
     "model.family": {
         "choices": tuple(FAMILIES),
         "doc": "; ".join(f"{family.name}: {family.members}" for family in FAMILIES.values()),
     },
+    "bilevel.logits_optimizer": {"choices": tuple(LOGITS_OPTIMIZERS)},
 }
 
 # Settings of model.shape that not every family has a formula for.

@@ -1,14 +1,15 @@
-"""Source weights p as a function of the logits, the hypergradient, and the three ways to follow it.
+"""Source weights p as a function of the logits, the hypergradient, and the ways to follow it.
 
     p = floor + (1 - K * floor) * q,   q = softmax(logits + log prior)
     hypergradient = alpha * J^T g,     g_i = L_i(upper) - L_i(lower),   J = dp/dlogits
     (J^T g)_i = (1 - K * floor) * q_i * (g_i - q . g)
 
 Source: arXiv 2406.19976, Algorithm 1 (floor 0, uniform prior, AdamW). K numbers in fp64 on the host: every rank holds
-the same bits.
+the same bits. What `_logits_optimizer` marks is a way to move the logits: `bilevel.logits_optimizer` has its name.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ class SourceWeights:
 
     Args:
         num_sources: K.
-        optimizer: "adamw", "exponentiated_gradient" (`logits -= lr * alpha * (g - p . g)`) or "sgd".
+        optimizer: the name of one of `LOGITS_OPTIMIZERS`.
         weight_decay: decoupled, AdamW only; it pulls the weights towards the prior.
         floor: smallest weight of a source, in [0, 1/K).
         prior: [K] positive, the weights at logits 0; None is uniform.
@@ -63,12 +64,7 @@ class SourceWeights:
         """Descend; returns the hypergradient at the weights before the update, before any decay."""
         hypergradient = self.hypergradient(alpha, gap)
         self.step += 1
-        if self.optimizer == "adamw":
-            self._adamw(hypergradient, lr)
-        elif self.optimizer == "exponentiated_gradient":
-            self.logits = self.logits - lr * alpha * (gap - self.weights @ gap)
-        else:
-            self.logits = self.logits - lr * hypergradient
+        self.logits = LOGITS_OPTIMIZERS[self.optimizer](self, hypergradient, alpha, gap, lr)
         return hypergradient
 
     def state_dict(self) -> dict[str, list[float] | int]:
@@ -84,13 +80,38 @@ class SourceWeights:
     def _softmax(self) -> Tensor:
         return torch.softmax(self.logits + self.log_prior, dim=0)
 
-    def _adamw(self, gradient: Tensor, lr: float) -> None:
-        beta1, beta2 = self.betas
-        self.exp_avg = beta1 * self.exp_avg + (1 - beta1) * gradient
-        self.exp_avg_sq = beta2 * self.exp_avg_sq + (1 - beta2) * gradient**2
-        denominator = (self.exp_avg_sq / (1 - beta2**self.step)).sqrt() + self.eps
-        decayed = self.logits * (1 - lr * self.weight_decay)
-        self.logits = decayed - lr / (1 - beta1**self.step) * self.exp_avg / denominator
+
+# The new logits, from (the weights with their state, hypergradient, alpha, gap g, lr). What it remembers of earlier
+# steps is in `exp_avg` and `exp_avg_sq`, which checkpoints keep; `step` counts from 1.
+_LogitsOptimizer = Callable[[SourceWeights, Tensor, float, Tensor, float], Tensor]
+
+LOGITS_OPTIMIZERS: dict[str, _LogitsOptimizer] = {}
+
+
+def _logits_optimizer(function: _LogitsOptimizer) -> _LogitsOptimizer:
+    LOGITS_OPTIMIZERS[function.__name__] = function
+    return function
+
+
+@_logits_optimizer
+def adamw(own: SourceWeights, hypergradient: Tensor, alpha: float, gap: Tensor, lr: float) -> Tensor:
+    beta1, beta2 = own.betas
+    own.exp_avg = beta1 * own.exp_avg + (1 - beta1) * hypergradient
+    own.exp_avg_sq = beta2 * own.exp_avg_sq + (1 - beta2) * hypergradient**2
+    denominator = (own.exp_avg_sq / (1 - beta2**own.step)).sqrt() + own.eps
+    decayed = own.logits * (1 - lr * own.weight_decay)
+    return decayed - lr / (1 - beta1**own.step) * own.exp_avg / denominator
+
+
+@_logits_optimizer
+def exponentiated_gradient(own: SourceWeights, hypergradient: Tensor, alpha: float, gap: Tensor, lr: float) -> Tensor:
+    """At floor 0 the weights are multiplied by exp(-lr * alpha * g), then scaled so that they sum to one."""
+    return own.logits - lr * alpha * (gap - own.weights @ gap)
+
+
+@_logits_optimizer
+def sgd(own: SourceWeights, hypergradient: Tensor, alpha: float, gap: Tensor, lr: float) -> Tensor:
+    return own.logits - lr * hypergradient
 
 
 def scheduled_lr(base: float, schedule: str, step: int, num_steps: int, warmup: float) -> float:

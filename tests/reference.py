@@ -1,6 +1,6 @@
 """The whole bilevel step once more, in plain PyTorch and autograd: the truth that the Megatron host is held against.
 
-Written from the equations (DESIGN section 1; arXiv 2406.19976), on one process, one full tensor per parameter, padded
+Written from the equations (docs/design.md; arXiv 2406.19976), on one process, one full tensor per parameter, padded
 batches, no packing, no micro-batches. Of the package it knows only the names of the settings.
 
     lower   minimises          alpha * sum_i p_i L_i(lower)

@@ -20,8 +20,9 @@ from megatron_scalebio.config import UserError
 FAKES = """
 import os, signal, sys, time, types
 
-def train(config, dataset):
+def train(run):
     import pathlib
+    config = run.config
     rank = int(os.environ.get("RANK", "0"))
     folder = pathlib.Path(config.run.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -43,7 +44,9 @@ report = types.ModuleType("megatron_scalebio.show.report")
 report.write_report = lambda folder: folder
 sys.modules["megatron_scalebio.show.report"] = report
 data = types.ModuleType("megatron_scalebio.data")
-data.load_dataset = lambda config: types.SimpleNamespace(tokenizer=types.SimpleNamespace(vocab_size=258))
+data.Dataset = object
+data.load_dataset = lambda config, tokenizer: None
+data.load_tokenizer = lambda name: types.SimpleNamespace(vocab_size=258)
 sys.modules["megatron_scalebio.data"] = data
 """
 

@@ -156,7 +156,7 @@ def test_losses_of_an_example_do_not_depend_on_its_neighbours():
 
 
 def test_gradients_are_those_of_the_coefficients_of_each_loss_token():
-    """Coefficients as DESIGN section 1 states them: alpha p_s / (n_s t_e), and 1 / validation loss tokens."""
+    """Coefficients as docs/design.md states them: alpha p_s / (n_s t_e), and 1 / validation loss tokens."""
     run = new_run()
     train, validation = random_examples(5, [0, 0, 1]), random_examples(6, [0, 0])
     alpha, p, counts = BILEVEL.penalty_alpha, run.weights, {0: 2, 1: 1}

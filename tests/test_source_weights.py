@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from megatron_scalebio.source_weights import SourceWeights, scheduled_lr
+from megatron_scalebio import open_config
+from megatron_scalebio.source_weights import LOGITS_OPTIMIZERS, SourceWeights, scheduled_lr
 
-OPTIMIZERS = ("adamw", "exponentiated_gradient", "sgd")
 PRIOR = [0.5, 0.2, 0.2, 0.1]
 GAP = torch.tensor([0.3, -0.2, 0.05, 1.0], dtype=torch.float64)
 
@@ -32,7 +32,7 @@ def test_weights_are_a_distribution_above_the_floor_for_any_logits(logits, floor
 
 
 @pytest.mark.parametrize("floor", [0.0, 0.05])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", LOGITS_OPTIMIZERS)
 def test_weights_stay_a_distribution_over_long_runs_of_wild_gaps(optimizer, floor):
     weights = new(optimizer=optimizer, weight_decay=0.01, floor=floor)
     generator = torch.Generator().manual_seed(1)
@@ -43,7 +43,12 @@ def test_weights_stay_a_distribution_over_long_runs_of_wild_gaps(optimizer, floo
     assert weights.logits.isfinite().all()
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", LOGITS_OPTIMIZERS)
+def test_every_logits_optimizer_is_a_choice_of_the_setting(optimizer):
+    assert open_config(None, [f"bilevel.logits_optimizer={optimizer}"]).bilevel.logits_optimizer == optimizer
+
+
+@pytest.mark.parametrize("optimizer", LOGITS_OPTIMIZERS)
 def test_one_source_keeps_weight_one_exactly(optimizer):
     weights = new(1, optimizer=optimizer, weight_decay=0.01)
     for gap in (3.0, -1e6, 1e-9):
@@ -96,7 +101,7 @@ def test_sgd_steps_against_the_hypergradient():
     assert (weights.weights[3] < 0.25) and (weights.weights[1] > 0.25), "the source with the larger gap must lose"
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", LOGITS_OPTIMIZERS)
 def test_state_survives_json_exactly(optimizer):
     first = new(optimizer=optimizer, weight_decay=0.01)
     for step in range(5):

@@ -15,8 +15,8 @@ PUBLIC = megatron_scalebio._HOMES  # names of the package itself, and the module
 # Low to high; a unit imports from lower floors and from itself. A unit is a module or a folder of the package.
 FLOORS = (
     ("__init__", "config", "launch", "spans"),
-    ("anatomy", "kernels", "device", "run_folder"),
-    ("losses", "source_weights", "rules", "resolution"),
+    ("anatomy", "kernels", "device", "run_folder", "losses", "source_weights"),
+    ("rules", "resolution"),
     ("active_layers", "data", "hf"),
     ("bilevel", "plan", "show"),
     ("mcore", "checkpoint"),

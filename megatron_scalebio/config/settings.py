@@ -147,9 +147,7 @@ class BilevelConfig:
         choices=("example", "token"),
     )
     validation_loss_unit: str = setting("token", "as train_loss_unit", choices=("token", "example"))
-    logits_optimizer: str | None = setting(
-        None, "what moves the logits of the weights", choices=("adamw", "exponentiated_gradient", "sgd")
-    )
+    logits_optimizer: str | None = setting(None, "what moves the logits of the weights: see source_weights.py")
     logits_lr: float | None = setting(None, "its learning rate", NOT_NEGATIVE)
     logits_schedule: str | None = setting(None, "of logits_lr", choices=("constant", "cosine"))
     logits_weight_decay: float | None = setting(None, "adamw only", NOT_NEGATIVE)

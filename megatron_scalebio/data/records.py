@@ -166,7 +166,8 @@ def _record(value: Any, location: str) -> Record:
             return parse(value, location)
     for keys, _ in _SHAPES:
         if keys[0] in value:
-            raise ValueError(f'the record has "{keys[0]}" but no "{keys[1]}"')
+            missing = next(key for key in keys if key not in value)
+            raise ValueError(f'the record has "{keys[0]}" but no "{missing}"')
     known = "; ".join(" and ".join(keys) for keys, _ in _SHAPES)
     raise ValueError(f"no known keys in the record: it has {', '.join(value) or 'none'}; known are {known}")
 

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from megatron_scalebio.config import UserError
+from megatron_scalebio.data import records
 from megatron_scalebio.data.records import Message, path_problem, read_records
 
 TURN = (Message("user", "2+2?"), Message("assistant", "4"))
@@ -65,7 +66,7 @@ BAD = {
     "malformed": (b'{"prompt": "a"', "malformed JSON"),
     "nested too deep": (b"{" + b'"a":[' * 100_000, "malformed JSON"),
     "not an object": (b"3", "not 3"),
-    "no known keys": (b'{"question": "a"}', "it has question; known are prompt and response; messages"),
+    "no known keys": (b'{"title": "a"}', "it has title; known are prompt and response; messages"),
     "no keys": (b"{}", "it has none"),
     "no response": (b'{"prompt": "a"}', 'has "prompt" but no "response"'),
     "no output": (b'{"instruction": "a"}', 'has "instruction" but no "output"'),
@@ -91,6 +92,11 @@ BAD = {
 def test_a_bad_line_is_named_with_its_file_line_and_rule(write, line, reason):
     message = error_of(write("bad.jsonl", json.dumps(GOOD).encode() + b"\n\n" + line + b"\n"))
     assert "bad.jsonl:3: " in message and reason in message and message.startswith("data.test: ")
+
+
+def test_of_a_shape_of_many_keys_the_missing_one_is_named(write, monkeypatch):
+    monkeypatch.setattr(records, "_SHAPES", ((("question", "answer", "context"), records._from_text),))
+    assert 'has "question" but no "context"' in error_of(write("a.jsonl", [{"question": "a", "answer": "b"}]))
 
 
 def test_five_bad_lines_are_shown_and_the_others_counted(write):

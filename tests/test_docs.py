@@ -1,0 +1,31 @@
+"""What the documents name is there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")])
+# The log and the changelog also name what was there once.
+OF_TODAY = [path for path in DOCUMENTS if path.name not in ("log.md", "CHANGELOG.md")]
+LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+CODE = re.compile(r"`([\w./]+\.py|(?:docs|examples|kernels|tests|tools)/[\w./]+)`")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_to_files(document):
+    links = LINK.findall(document.read_text(encoding="utf-8"))
+    assert [link for link in links if not (document.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("document", OF_TODAY, ids=lambda path: path.name)
+def test_files_that_a_document_names_exist(document):
+    """A name may leave out the folders that it is in; NAME stands for one of the reader's own."""
+    files = [*REPOSITORY.glob("*.py")]
+    for room in ("megatron_scalebio", "kernels", "tests", "tools", "examples", "docs"):
+        files += (REPOSITORY / room).rglob("*")
+    known = [f"/{path.relative_to(REPOSITORY)}" for path in files]
+    names = CODE.findall(document.read_text(encoding="utf-8"))
+    names = [name for name in names if "NAME" not in name]
+    assert [name for name in names if not any(path.endswith(f"/{name.rstrip('/')}") for path in known)] == []
