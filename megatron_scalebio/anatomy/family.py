@@ -59,17 +59,20 @@ class Family:
 
     @property
     def qkv_bias(self) -> bool:
-        return QKV_BIAS in self.layer
+        return self._has(QKV_BIAS)
 
     @property
     def head_norms(self) -> bool:
         """Whether each query and key head is normed, before the rotation."""
-        return KEY_NORM in self.layer
+        return self._has(KEY_NORM)
 
     @property
     def post_norms(self) -> bool:
         """Whether attention and MLP end in a norm, before they are added to the residual stream."""
-        return POST_ATTENTION_NORM in self.layer
+        return self._has(POST_ATTENTION_NORM)
+
+    def _has(self, parameter: Parameter) -> bool:
+        return any(own.name == parameter.name for own in self.layer)
 
     def has_window(self, shape: ShapeConfig, layer: int) -> bool:
         """Whether a layer, counted from 0, sees the last `sliding_window` tokens only."""

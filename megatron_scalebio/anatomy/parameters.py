@@ -9,6 +9,7 @@ Shapes: D head size, F feed-forward, G query groups, H hidden, R query heads per
 import math
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from megatron_scalebio.config import ShapeConfig
 
@@ -38,18 +39,29 @@ class Initial(Enum):
     ZERO = "zero"
 
 
+class Sizes(NamedTuple):
+    """The sizes of a model's named dimensions."""
+
+    hidden: int
+    ffn: int
+    head: int  # of one attention head
+    queries: int  # of all query heads together
+    keys: int  # of all key heads together, and of all value heads
+    vocabulary: int  # without padding
+
+
 @dataclass(frozen=True)
 class Part:
     """One of transformers' tensors: its name, in a decoder layer or in the whole model, and its named dimensions."""
 
     name: str
-    dims: tuple[str, ...]
+    dims: tuple[str, ...]  # fields of `Sizes`
 
-    def shape(self, sizes: dict[str, int]) -> tuple[int, ...]:
-        return tuple(sizes[dim] for dim in self.dims)
+    def shape(self, sizes: Sizes) -> tuple[int, ...]:
+        return tuple(getattr(sizes, dim) for dim in self.dims)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Parameter:
     """One parameter of a block.
 
@@ -74,29 +86,33 @@ class Parameter:
 
     def shape(self, shape: ShapeConfig, tensor: int = 1) -> tuple[int, ...]:
         """Of the whole parameter, padding included, or of the shard of one of `tensor` tensor-parallel ranks."""
-        parts = [part.shape(dimensions(shape)) for part in self.parts]
-        rows, *columns = sum(part[0] for part in parts), *parts[0][1:]
-        size = [padded_vocab_size(rows) if self.cut is Cut.VOCABULARY else rows, *columns]
-        if self.cut.dim is not None:
-            size[self.cut.dim] //= tensor
-        return tuple(size)
+        return shape_of(self, sizes_of(shape), tensor)
 
     def numel(self, shape: ShapeConfig, tensor: int = 1) -> int:
         """Numbers of the whole parameter or of one rank's shard, padding included."""
         return math.prod(self.shape(shape, tensor))
 
 
-def dimensions(shape: ShapeConfig) -> dict[str, int]:
-    """{name: size} of every dimension that a part may have."""
+def shape_of(parameter: Parameter, sizes: Sizes, tensor: int) -> tuple[int, ...]:
+    """See `Parameter.shape`."""
+    parts = [part.shape(sizes) for part in parameter.parts]
+    rows, *columns = sum(part[0] for part in parts), *parts[0][1:]
+    size = [padded_vocab_size(rows) if parameter.cut is Cut.VOCABULARY else rows, *columns]
+    if parameter.cut.dim is not None:
+        size[parameter.cut.dim] //= tensor
+    return tuple(size)
+
+
+def sizes_of(shape: ShapeConfig) -> Sizes:
     size = head_size(shape)
-    return {
-        "hidden": shape.hidden_size,
-        "ffn": shape.ffn_hidden_size,
-        "head": size,
-        "queries": shape.num_attention_heads * size,
-        "keys": shape.num_query_groups * size,
-        "vocabulary": shape.vocab_size or 0,
-    }
+    return Sizes(
+        hidden=shape.hidden_size,
+        ffn=shape.ffn_hidden_size,
+        head=size,
+        queries=shape.num_attention_heads * size,
+        keys=shape.num_query_groups * size,
+        vocabulary=shape.vocab_size or 0,
+    )
 
 
 def head_size(shape: ShapeConfig) -> int:

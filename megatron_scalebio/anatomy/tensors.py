@@ -8,7 +8,7 @@ Shapes: G query groups, H hidden.
 import torch
 from torch import Tensor
 
-from megatron_scalebio.anatomy.parameters import Cut, Parameter, dimensions
+from megatron_scalebio.anatomy.parameters import Cut, Parameter, sizes_of
 from megatron_scalebio.config import ShapeConfig
 
 
@@ -57,7 +57,7 @@ def join_shards(parameter: Parameter, shards: list[Tensor]) -> Tensor:
 def parts_of(parameter: Parameter, full: Tensor, shape: ShapeConfig) -> tuple[Tensor, ...]:
     """Transformers' tensors from our full one, without padding; views at times."""
     if parameter.cut is Cut.GROUPS:
-        groups, sizes = shape.num_query_groups, [part.shape(dimensions(shape))[0] for part in parameter.parts]
+        groups, sizes = shape.num_query_groups, [part.shape(sizes_of(shape))[0] for part in parameter.parts]
         by_group = full.unflatten(0, (groups, -1)).split([size // groups for size in sizes], dim=1)
         return tuple(part.flatten(0, 1) for part in by_group)
     if parameter.cut is Cut.HALVES:

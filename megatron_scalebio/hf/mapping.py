@@ -5,7 +5,7 @@ from torch import Tensor
 
 from megatron_scalebio.anatomy import FAMILIES
 from megatron_scalebio.anatomy.decoder import EMBEDDING, HEAD
-from megatron_scalebio.anatomy.parameters import dimensions
+from megatron_scalebio.anatomy.parameters import sizes_of
 from megatron_scalebio.anatomy.tensors import parts_of, shard_of_parts
 from megatron_scalebio.config import ModelConfig, UserError
 from megatron_scalebio.hf.checkpoint import Checkpoint, listed
@@ -16,7 +16,7 @@ _IGNORED = ("rotary_emb.inv_freq",)
 
 def expected_tensors(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """{their name: shape} of a whole checkpoint."""
-    family, sizes = FAMILIES[model.family], dimensions(model.shape)
+    family, sizes = FAMILIES[model.family], sizes_of(model.shape)
     return {
         theirs: part.shape(sizes)
         for name, (_, parameter) in family.parameters(model.shape).items()

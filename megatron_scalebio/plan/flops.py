@@ -17,7 +17,7 @@ H hidden, V padded vocabulary. Counts are those of one rank where a function say
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 
-from megatron_scalebio.anatomy import FAMILIES, Parameter, head_size
+from megatron_scalebio.anatomy import FAMILIES, head_size
 from megatron_scalebio.anatomy.decoder import FC1, FC2, HEAD, PROJ, QKV
 from megatron_scalebio.config import Config
 from megatron_scalebio.plan.sizes import linear_shapes, lowest_reached, model_parameters, stage_layers
@@ -92,11 +92,13 @@ def attention_flops(config: Config, layer: int, work: Work) -> int:
     return 4 * heads * head_size(config.model.shape) * pairs
 
 
-def recomputed_linears(config: Config, active: bool) -> tuple[Parameter, ...]:
+def recomputed_linears(config: Config, active: bool) -> tuple[str, ...]:
     """A layer's linears that run again in the backward pass. Recomputation ends with the last tensor that was kept:
     beyond the last linear only if that trains, whose weight's gradient needs its input, or a norm follows it."""
-    last = (FC2,) if active or FAMILIES[config.model.family].post_norms else ()
-    return {"none": (), "selective": (FC1, *last), "full": (QKV, PROJ, FC1, *last)}[config.parallel.recompute]
+    last = (FC2.name,) if active or FAMILIES[config.model.family].post_norms else ()
+    return {"none": (), "selective": (FC1.name, *last), "full": (QKV.name, PROJ.name, FC1.name, *last)}[
+        config.parallel.recompute
+    ]
 
 
 def layer_flops(config: Config, layer: int, work: Work, reached: bool, active: bool) -> Flops:

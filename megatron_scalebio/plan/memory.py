@@ -54,7 +54,7 @@ def _sizes(config: Config) -> _Sizes:
     number, positions = WEIGHT_BYTES[config.precision.compute], config.data.micro_batch_size * config.data.max_length
     scattered = positions // parallel.tensor if parallel.sequence else positions
     linears = linear_shapes(config.model, parallel.tensor)
-    query, features = linears[PROJ][1], linears[QKV][0]
+    query, features = linears[PROJ.name][1], linears[QKV.name][0]
     key, heads = (features - query) // 2, shape.num_attention_heads // parallel.tensor
     rotation = 4 * positions * head_size(shape) * number  # cosines and sines, for queries and for keys
     kept = (2 * query + key + features) * positions * number + 4 * heads * positions
@@ -70,7 +70,7 @@ def _sizes(config: Config) -> _Sizes:
         norm_input=max(4, number) * scattered * shape.hidden_size if zero_centered else residual,  # widened first
         qkv=features * positions * number,
         attention=kept + rotation,
-        feed_forward=linears[FC2][1] * positions * number,
+        feed_forward=linears[FC2.name][1] * positions * number,
     )
 
 

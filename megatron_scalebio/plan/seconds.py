@@ -285,7 +285,7 @@ class _Clock:
         """Seconds of what stands between a layer's products: counted by the tensors that each operation, none of them
         fused, reads and writes."""
         positions, number = self.work.positions, self.number
-        qkv, ffn = self.linears[QKV][0], self.linears[FC2][1]
+        qkv, ffn = self.linears[QKV.name][0], self.linears[FC2.name][1]
         norms_and_sums = 10 if forward else 16  # times [T, H]: two norms, two additions
         rotation = 14  # times [T, qkv]: the bias, and two products, a negation and copies for queries and keys
         gate = 7 if forward else 13  # times [T, F]

@@ -6,10 +6,12 @@
 
 import math
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import cache
 
-from megatron_scalebio.anatomy import FAMILIES, Parameter
+from megatron_scalebio.anatomy import FAMILIES
 from megatron_scalebio.anatomy.decoder import OUTER_BLOCKS, layer_block
-from megatron_scalebio.anatomy.parameters import dimensions
+from megatron_scalebio.anatomy.parameters import Sizes, shape_of, sizes_of
 from megatron_scalebio.anatomy.storage import Counting, Item, flat_layout, padded_block
 from megatron_scalebio.config import Config, ModelConfig
 
@@ -19,36 +21,51 @@ MASTER_BYTES = {"fp64": 8, "fp32": 4, "bf16": 4, "fp8": 4}
 FP8_BLOCK = 128  # rows and columns of a frozen FP8 weight that share one fp32 scale, and numbers of an FP8 moment
 
 
-def linear_shapes(model: ModelConfig, tensor: int = 1) -> dict[Parameter, tuple[int, int]]:
-    """{linear: (output features, input features)} of a decoder layer on one of `tensor` tensor-parallel ranks."""
-    return {
-        parameter: parameter.shape(model.shape, tensor)
-        for parameter in FAMILIES[model.family].layer
-        if parameter.is_matrix
-    }
+@dataclass(frozen=True)
+class _Layer:
+    """A decoder layer on one tensor-parallel rank."""
+
+    linears: dict[str, tuple[int, int]]
+    parameters: int
+    numel: int
+
+
+def linear_shapes(model: ModelConfig, tensor: int = 1) -> dict[str, tuple[int, int]]:
+    """{matrix: (output features, input features)} of a decoder layer on one of `tensor` tensor-parallel ranks."""
+    return _layer(model.family, sizes_of(model.shape), tensor).linears
 
 
 def layer_parameters(model: ModelConfig, tensor: int = 1) -> int:
     """Parameters of one decoder layer on one of `tensor` tensor-parallel ranks."""
-    return sum(parameter.numel(model.shape, tensor) for parameter in FAMILIES[model.family].layer)
+    return _layer(model.family, sizes_of(model.shape), tensor).parameters
 
 
 def layer_numel(model: ModelConfig, tensor: int) -> int:
     """Numbers of a decoder layer's flat block on one tensor-parallel rank."""
+    return _layer(model.family, sizes_of(model.shape), tensor).numel
+
+
+@cache  # a search asks for few of them very often
+def _layer(family: str, sizes: Sizes, tensor: int) -> _Layer:
+    shapes = {parameter: shape_of(parameter, sizes, tensor) for parameter in FAMILIES[family].layer}
     items = [
         Item(
-            parameter.numel(model.shape, tensor),
+            math.prod(shape),
             parameter.is_matrix,
             Counting(replicated=parameter.cut.dim is None, sums_over_heads=parameter.sums_over_heads),
         )
-        for parameter in FAMILIES[model.family].layer
+        for parameter, shape in shapes.items()
     ]
-    return flat_layout(items).numel
+    return _Layer(
+        {parameter.name: shape for parameter, shape in shapes.items() if parameter.is_matrix},
+        sum(item.numel for item in items),
+        flat_layout(items).numel,
+    )
 
 
 def model_parameters(model: ModelConfig) -> int:
     """Parameters of the whole model, without the vocabulary's padding."""
-    sizes = dimensions(model.shape)
+    sizes = sizes_of(model.shape)
     return sum(
         math.prod(part.shape(sizes))
         for _, parameter in FAMILIES[model.family].parameters(model.shape).values()
