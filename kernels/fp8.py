@@ -26,7 +26,7 @@ import triton.language as tl
 from megatron_scalebio.kernels.dispatch import on_triton
 from torch import Tensor
 
-BLOCK = 128
+SCALE_BLOCK = 128
 ROWS_PER_TILE = 32  # where a program needs no whole 128x128 block
 
 
@@ -54,7 +54,7 @@ def quantize(x: Tensor, block_rows: int) -> BlockScaled:
     tile_rows = max(block_rows, ROWS_PER_TILE)
     _quantize_kernel[_grid(rows, columns, tile_rows)](
         *(x, data, scale, rows, columns, *scale.stride()),
-        **dict(BLOCK_ROWS=block_rows, TILE_ROWS=tile_rows, BLOCK=BLOCK),
+        **dict(BLOCK_ROWS=block_rows, TILE_ROWS=tile_rows, BLOCK=SCALE_BLOCK),
         num_warps=tile_rows // 8,
     )
     return BlockScaled(data, scale, block_rows)
@@ -64,9 +64,9 @@ def quantize_reference(x: Tensor, block_rows: int) -> BlockScaled:
     """`quantize` in plain PyTorch."""
     rows, columns = x.shape
     scale = _empty_scale(x, block_rows)
-    padded = x.new_zeros(scale.shape[0] * block_rows, scale.shape[1] * BLOCK, dtype=torch.float32)
+    padded = x.new_zeros(scale.shape[0] * block_rows, scale.shape[1] * SCALE_BLOCK, dtype=torch.float32)
     padded[:rows, :columns] = x
-    largest = padded.view(scale.shape[0], block_rows, scale.shape[1], BLOCK).abs().amax(dim=(1, 3))
+    largest = padded.view(scale.shape[0], block_rows, scale.shape[1], SCALE_BLOCK).abs().amax(dim=(1, 3))
     # 448 is 1.75 * 2^8: a mantissa above 1.75 carries into the exponent.
     bits = (((largest.view(torch.int32) + 0x1FFFFF) & 0x7F800000) - (8 << 23)).clamp(min=1 << 23)
     scale.copy_(torch.where(largest.isfinite(), bits.view(torch.float32), torch.nan))
@@ -83,7 +83,7 @@ def dequantize(q: BlockScaled, dtype: torch.dtype) -> Tensor:
     x = torch.empty(rows, columns, dtype=dtype, device=q.data.device)
     _dequantize_kernel[_grid(rows, columns, ROWS_PER_TILE)](
         *(q.data.contiguous(), q.scale, x, rows, columns, *q.scale.stride()),
-        **dict(BLOCK_ROWS=q.block_rows, TILE_ROWS=ROWS_PER_TILE, BLOCK=BLOCK),
+        **dict(BLOCK_ROWS=q.block_rows, TILE_ROWS=ROWS_PER_TILE, BLOCK=SCALE_BLOCK),
         num_warps=4,
     )
     return x
@@ -100,24 +100,24 @@ def transpose(weight: BlockScaled) -> BlockScaled:
         return transpose_reference(weight)
     rows, columns = weight.data.shape
     data = torch.empty(columns, rows, dtype=weight.data.dtype, device=weight.data.device)
-    _transpose_kernel[_grid(rows, columns, BLOCK)](
-        weight.data.contiguous(), data, rows, columns, BLOCK=BLOCK, num_warps=8
+    _transpose_kernel[_grid(rows, columns, SCALE_BLOCK)](
+        weight.data.contiguous(), data, rows, columns, BLOCK=SCALE_BLOCK, num_warps=8
     )
-    return BlockScaled(data, weight.scale.T, BLOCK)
+    return BlockScaled(data, weight.scale.T, SCALE_BLOCK)
 
 
 def transpose_reference(weight: BlockScaled) -> BlockScaled:
     """`transpose` in plain PyTorch."""
-    return BlockScaled(weight.data.T.contiguous(), weight.scale.T, BLOCK)
+    return BlockScaled(weight.data.T.contiguous(), weight.scale.T, SCALE_BLOCK)
 
 
 def _grid(rows: int, columns: int, tile_rows: int) -> tuple[int]:
-    return (triton.cdiv(rows, tile_rows) * triton.cdiv(columns, BLOCK),)
+    return (triton.cdiv(rows, tile_rows) * triton.cdiv(columns, SCALE_BLOCK),)
 
 
 def _empty_scale(x: Tensor, block_rows: int) -> Tensor:
     """Row-major for a weight; column-major for an activation, of which a matrix product reads a column at a time."""
-    rows, columns = triton.cdiv(x.shape[0], block_rows), triton.cdiv(x.shape[1], BLOCK)
+    rows, columns = triton.cdiv(x.shape[0], block_rows), triton.cdiv(x.shape[1], SCALE_BLOCK)
     if block_rows == 1:
         return torch.empty(columns, rows, dtype=torch.float32, device=x.device).T
     return torch.empty(rows, columns, dtype=torch.float32, device=x.device)
@@ -125,7 +125,7 @@ def _empty_scale(x: Tensor, block_rows: int) -> Tensor:
 
 def _spread(scale: Tensor, block_rows: int, rows: int, columns: int) -> Tensor:
     """The scale of every number: [rows, columns]."""
-    return scale.repeat_interleave(block_rows, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
+    return scale.repeat_interleave(block_rows, 0)[:rows].repeat_interleave(SCALE_BLOCK, 1)[:, :columns]
 
 
 @triton.jit

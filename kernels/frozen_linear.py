@@ -23,7 +23,14 @@ import torch
 import triton
 import triton.language as tl
 from megatron_scalebio.kernels.dispatch import on_triton
-from megatron_scalebio.kernels.fp8 import BLOCK, BlockScaled, dequantize, dequantize_reference, quantize, transpose
+from megatron_scalebio.kernels.fp8 import (
+    SCALE_BLOCK,
+    BlockScaled,
+    dequantize,
+    dequantize_reference,
+    quantize,
+    transpose,
+)
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -59,7 +66,7 @@ class _FrozenLinear(torch.autograd.Function):
     def backward(ctx, grad):
         # The transposed weight is gone when this returns: the allocator hands the same memory to the next layer, in
         # the order of the stream, so all layers share one scratch buffer.
-        return _times(grad, transpose(BlockScaled(*ctx.saved_tensors, BLOCK))), None
+        return _times(grad, transpose(BlockScaled(*ctx.saved_tensors, SCALE_BLOCK))), None
 
 
 class _WideFrozenLinear(torch.autograd.Function):
@@ -70,7 +77,7 @@ class _WideFrozenLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return grad @ dequantize(BlockScaled(*ctx.saved_tensors, BLOCK), grad.dtype), None
+        return grad @ dequantize(BlockScaled(*ctx.saved_tensors, SCALE_BLOCK), grad.dtype), None
 
 
 def _times(x: Tensor, w: BlockScaled) -> Tensor:
@@ -97,10 +104,10 @@ def matmul(x: BlockScaled, w: BlockScaled, dtype: torch.dtype) -> Tensor:
     (rows, inner), columns = x.data.shape, w.data.shape[0]
     y = torch.empty(rows, columns, dtype=dtype, device=x.data.device)
     half, registers = (64, REGISTERS) if w.data.stride(1) == 1 else (32, None)  # a transposition needs registers
-    _matmul_kernel[(triton.cdiv(rows, BLOCK) * triton.cdiv(columns, 2 * half),)](
+    _matmul_kernel[(triton.cdiv(rows, SCALE_BLOCK) * triton.cdiv(columns, 2 * half),)](
         *(x.data, x.scale, w.data, w.scale, y, rows, columns, inner),
         *(*x.scale.stride(), *w.data.stride(), *w.scale.stride()),
-        **dict(BLOCK=BLOCK, HALF=half, GROUP=GROUP),
+        **dict(BLOCK=SCALE_BLOCK, HALF=half, GROUP=GROUP),
         **dict(num_warps=NUM_WARPS, num_stages=NUM_STAGES, maxnreg=registers),
     )
     return y

@@ -1,1 +1,1 @@
-"""The host of the two models: the only folder that builds and drives Megatron-Core modules."""
+"""Both models on Megatron-Core: the only folder that builds and drives its modules."""

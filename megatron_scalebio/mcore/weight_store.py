@@ -23,7 +23,7 @@ from torch import Tensor
 from megatron_scalebio.active_layers import Role
 from megatron_scalebio.anatomy.decoder import OUTER_BLOCKS
 from megatron_scalebio.anatomy.storage import Region, flat_layout, padded_block
-from megatron_scalebio.kernels.fp8 import BLOCK, BlockScaled, quantize
+from megatron_scalebio.kernels.fp8 import SCALE_BLOCK, BlockScaled, quantize
 from megatron_scalebio.mcore.host_masters import HostMasters
 from megatron_scalebio.mcore.parameters import NamedParameter
 from megatron_scalebio.mcore.process_groups import ProcessGroups
@@ -82,7 +82,7 @@ class Block:
 
     def quantize(self) -> QuantizedWeights:
         """What the flat tensor holds, in FP8: a function of its numbers alone, equal for equal weights."""
-        matrices = [quantize(view, BLOCK) for view in self.views(self.weights) if view.ndim == 2]
+        matrices = [quantize(view, SCALE_BLOCK) for view in self.views(self.weights) if view.ndim == 2]
         return QuantizedWeights(matrices, self.weights[self.num_decayed :].clone())
 
     def views(self, flat: Tensor) -> list[Tensor]:

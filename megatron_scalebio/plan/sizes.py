@@ -18,7 +18,7 @@ from megatron_scalebio.config import Config, ModelConfig
 GIB = 2**30
 WEIGHT_BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp8": 2}  # of precision.compute; fp8 keeps active weights in bf16
 MASTER_BYTES = {"fp64": 8, "fp32": 4, "bf16": 4, "fp8": 4}
-FP8_BLOCK = 128  # rows and columns of a frozen FP8 weight that share one fp32 scale, and numbers of an FP8 moment
+SCALE_BLOCK = 128  # rows and columns of a frozen FP8 weight that share one fp32 scale, and numbers of an FP8 moment
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def stage_blocks(config: Config, stage: int) -> dict[str, int]:
 
 def fp8_bytes(rows: int, columns: int) -> int:
     """Bytes of a frozen FP8 weight: one for each number, and a scale for each block."""
-    return rows * columns + 4 * -(-rows // FP8_BLOCK) * -(-columns // FP8_BLOCK)
+    return rows * columns + 4 * -(-rows // SCALE_BLOCK) * -(-columns // SCALE_BLOCK)
 
 
 def frozen_layer_bytes(config: Config, data_parallel: int) -> int:
@@ -122,7 +122,7 @@ def moment_bytes(config: Config, numel: int) -> int:
     if config.optimizer.moments == "bf16":
         return 4 * numel
     if config.optimizer.moments == "fp8":
-        return 2 * (numel + 4 * -(-numel // FP8_BLOCK))
+        return 2 * (numel + 4 * -(-numel // SCALE_BLOCK))
     return 2 * MASTER_BYTES[config.precision.compute] * numel
 
 

@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from megatron_scalebio.kernels import fp8
-from megatron_scalebio.kernels.fp8 import BLOCK, BlockScaled, dequantize, quantize, transpose
+from megatron_scalebio.kernels.fp8 import SCALE_BLOCK, BlockScaled, dequantize, quantize, transpose
 from torch import Tensor
 
 from tests.distributed import run_distributed
@@ -18,7 +18,7 @@ from tests.hopper import compiled_for_hopper
 TINY = torch.finfo(torch.float32).tiny
 FAR = torch.finfo(torch.float32).max
 SIZES = [(1, 1), (1, 200), (129, 7), (40, 129), (300, 400)]
-BLOCK_ROWS = [1, BLOCK]
+BLOCK_ROWS = [1, SCALE_BLOCK]
 
 
 def test_kernels_give_the_bits_of_their_references():
@@ -35,12 +35,12 @@ def check_kernels() -> None:
                     assert_same(found, expected)
                     for wide in (torch.bfloat16, torch.float32):
                         assert_same_bits(dequantize(found, wide), fp8.dequantize_reference(expected, wide))
-                    if block_rows == BLOCK:
+                    if block_rows == SCALE_BLOCK:
                         assert_same(transpose(found), fp8.transpose_reference(expected))
     view = all_kinds(200, 129, 1).T
     assert_same(quantize(view, 1), fp8.quantize_reference(view, 1))
-    weight = quantize(all_kinds(200, 129, BLOCK), BLOCK)
-    view = BlockScaled(weight.data.T, weight.scale.T, BLOCK)
+    weight = quantize(all_kinds(200, 129, SCALE_BLOCK), SCALE_BLOCK)
+    view = BlockScaled(weight.data.T, weight.scale.T, SCALE_BLOCK)
     assert_same(transpose(view), weight)
     assert_same_bits(dequantize(view, torch.float32), dequantize(weight, torch.float32).T)
     for empty in (quantize(torch.empty(0, 200), 1), fp8.quantize_reference(torch.empty(0, 200), 1)):
@@ -60,8 +60,8 @@ def all_kinds(rows: int, columns: int, block_rows: int) -> Tensor:
     kinds = [1.0, 0.0, TINY / 8, torch.nan, torch.inf, -torch.inf, 1e30, 1e-30, TINY, 1e-36, 3e4]
     block_count = 0
     for row in range(0, rows, block_rows):
-        for column in range(0, columns, BLOCK):
-            block = x[row : row + block_rows, column : column + BLOCK]
+        for column in range(0, columns, SCALE_BLOCK):
+            block = x[row : row + block_rows, column : column + SCALE_BLOCK]
             kind = kinds[block_count % len(kinds)]
             block_count += 1
             if abs(kind) < torch.inf:
@@ -90,8 +90,8 @@ def per_block(x: Tensor, block_rows: int, of_block) -> Tensor:
     """The scalar that `of_block` makes of each block, at each of its entries. [R, C]."""
     result = torch.empty_like(x)
     for row in range(0, x.shape[0], block_rows):
-        for column in range(0, x.shape[1], BLOCK):
-            block = slice(row, row + block_rows), slice(column, column + BLOCK)
+        for column in range(0, x.shape[1], SCALE_BLOCK):
+            block = slice(row, row + block_rows), slice(column, column + SCALE_BLOCK)
             result[block] = of_block(x[block])
     return result
 
@@ -122,12 +122,12 @@ def test_a_block_errs_by_half_a_step_of_e4m3_at_its_own_scale_and_bad_blocks_are
 @pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1.75, 448.0, 449.0, 1e30, FAR / 2])
 def test_the_largest_number_of_a_block_lies_in_the_upper_half_of_e4m3_and_never_above(magnitude, block_rows):
     x = torch.rand(256, 256, generator=torch.Generator().manual_seed(1)) * magnitude
-    x[:, 5::BLOCK] = magnitude
+    x[:, 5::SCALE_BLOCK] = magnitude
     q = quantize(x, block_rows)
-    found = q.data[:, 5::BLOCK].float()
+    found = q.data[:, 5::SCALE_BLOCK].float()
     assert ((found >= 224) & (found <= 448)).all()
     back = dequantize(q, torch.float32)
-    torch.testing.assert_close(back[:, 5::BLOCK], x[:, 5::BLOCK], rtol=2**-4, atol=0)
+    torch.testing.assert_close(back[:, 5::SCALE_BLOCK], x[:, 5::SCALE_BLOCK], rtol=2**-4, atol=0)
     assert back.isfinite().all()
 
 
@@ -173,14 +173,14 @@ WIDE, RAGGED = [(8192, 27648), (640, 5120)], [(201, 129)]
 BUDGETS = [
     # operation, block_rows, sizes, registers, shared bytes, 16-byte loads, 16-byte stores
     ("quantize", 1, WIDE, 64, 512, 4, 2),
-    ("quantize", BLOCK, WIDE, 64, 512, 4, 2),
+    ("quantize", SCALE_BLOCK, WIDE, 64, 512, 4, 2),
     ("quantize", 1, RAGGED, 255, 2048, 0, 0),
-    ("quantize", BLOCK, RAGGED, 128, 2048, 0, 0),
+    ("quantize", SCALE_BLOCK, RAGGED, 128, 2048, 0, 0),
     ("dequantize", 1, WIDE, 48, 8192, 2, 4),
-    ("dequantize", BLOCK, WIDE, 48, 8192, 2, 4),
-    ("dequantize", BLOCK, RAGGED, 184, 8192, 0, 0),
-    ("transpose", BLOCK, WIDE, 40, 16384, 4, 4),
-    ("transpose", BLOCK, RAGGED, 255, 16384, 0, 0),
+    ("dequantize", SCALE_BLOCK, WIDE, 48, 8192, 2, 4),
+    ("dequantize", SCALE_BLOCK, RAGGED, 184, 8192, 0, 0),
+    ("transpose", SCALE_BLOCK, WIDE, 40, 16384, 4, 4),
+    ("transpose", SCALE_BLOCK, RAGGED, 255, 16384, 0, 0),
 ]
 
 

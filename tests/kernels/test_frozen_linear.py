@@ -15,7 +15,7 @@ import pytest
 import torch
 from megatron_scalebio.kernels import fp8
 from megatron_scalebio.kernels import frozen_linear as module
-from megatron_scalebio.kernels.fp8 import BLOCK, BlockScaled, dequantize_reference, quantize, quantize_reference
+from megatron_scalebio.kernels.fp8 import SCALE_BLOCK, BlockScaled, dequantize_reference, quantize, quantize_reference
 from megatron_scalebio.kernels.frozen_linear import frozen_linear, matmul
 from torch import Tensor
 
@@ -37,7 +37,7 @@ def whole_numbers(*shape: int, seed: int = 0) -> Tensor:
     x = torch.randint(-7, 8, shape, generator=torch.Generator().manual_seed(seed)).float()
     x[..., ::4] = torch.where(x[..., ::4] < 0, -7.0, 7.0)
     row = torch.arange(math.prod(shape[:-1])).view(*shape[:-1], 1)
-    return x * 2.0 ** ((row // 100 + torch.arange(shape[-1]) // BLOCK) % 4)
+    return x * 2.0 ** ((row // 100 + torch.arange(shape[-1]) // SCALE_BLOCK) % 4)
 
 
 def test_the_product_of_what_fp8_holds_exactly_is_exact():
@@ -50,8 +50,8 @@ def check_exact_products() -> None:
         x, w = whole_numbers(rows, inner), whole_numbers(columns, inner, seed=1)
         expected = x.double() @ w.double().T
         with poisoned_memory():
-            x_q, w_q, turned = quantize(x, 1), quantize(w, BLOCK), quantize(w.T, BLOCK)
-        view = BlockScaled(turned.data.T, turned.scale.T, BLOCK)
+            x_q, w_q, turned = quantize(x, 1), quantize(w, SCALE_BLOCK), quantize(w.T, SCALE_BLOCK)
+        view = BlockScaled(turned.data.T, turned.scale.T, SCALE_BLOCK)
         for weight in (w_q, view):
             for dtype in (torch.float32, torch.bfloat16):
                 with poisoned_memory():
@@ -65,10 +65,10 @@ def test_rows_of_the_weight_may_begin_beyond_2_to_the_31():
 
 def check_far_rows() -> None:
     x, w = whole_numbers(3, 16), whole_numbers(130, 16, seed=1)
-    stored = quantize(w, BLOCK)
+    stored = quantize(w, SCALE_BLOCK)
     far = torch.empty(130 * 2**24, dtype=torch.uint8).view(stored.data.dtype)  # of which but 130 pages come to exist
     rows = far.as_strided((130, 16), (2**24, 1)).copy_(stored.data)
-    found = matmul(quantize(x, 1), BlockScaled(rows, stored.scale, BLOCK), torch.float32)
+    found = matmul(quantize(x, 1), BlockScaled(rows, stored.scale, SCALE_BLOCK), torch.float32)
     assert torch.equal(found, x @ w.T)
 
 
@@ -83,7 +83,7 @@ def check_errors() -> None:
     wide = partial(dequantize_reference, dtype=torch.float64)
     for rows, columns, inner in [(5, 130, 2100), (130, 40, 1024)]:
         x = quantize(torch.randn(rows, inner, generator=generator) * 30, 1)
-        w = quantize(torch.randn(columns, inner, generator=generator) / 50, BLOCK)
+        w = quantize(torch.randn(columns, inner, generator=generator) / 50, SCALE_BLOCK)
         exact = exact_product(x, w)
         of_sum = product_error(wide(x), wide(w).T, torch.float32)
         for dtype in (torch.float32, torch.bfloat16):
@@ -110,7 +110,7 @@ def check_bad_numbers() -> None:
     w; every other result is a number."""
     x, w = all_kinds(23, 300, 1), torch.randn(300, 300, generator=torch.Generator().manual_seed(4))
     x[3, 200], w[140, 7] = torch.nan, torch.inf
-    x_q, w_q = quantize(x, 1), quantize(w, BLOCK)
+    x_q, w_q = quantize(x, 1), quantize(w, SCALE_BLOCK)
     with poisoned_memory():
         found = matmul(x_q, w_q, torch.float32).double()
     bad = ~x.isfinite().all(dim=1, keepdim=True) | torch.zeros(1, 300, dtype=torch.bool)
@@ -133,7 +133,7 @@ def check_layer() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             x = whole_numbers(batch, tokens, inner, seed=1).to(dtype).requires_grad_()
             grad = whole_numbers(tokens, batch, columns, seed=2).transpose(0, 1).to(dtype)
-            stored = quantize(weight, BLOCK)
+            stored = quantize(weight, SCALE_BLOCK)
             before = stored.data.view(torch.uint8).clone()
             with poisoned_memory():
                 y = frozen_linear(x, stored)
@@ -143,10 +143,10 @@ def check_layer() -> None:
             assert torch.equal(x.grad, (grad.double() @ weight.double()).to(dtype))
             assert torch.equal(stored.data.view(torch.uint8), before)
     x = whole_numbers(2, 7, 200).requires_grad_()
-    frozen_linear(x, quantize(whole_numbers(128, 200), BLOCK)).backward(torch.tensor(7.0).expand(2, 7, 128))
+    frozen_linear(x, quantize(whole_numbers(128, 200), SCALE_BLOCK)).backward(torch.tensor(7.0).expand(2, 7, 128))
     assert torch.equal(x.grad, 7 * whole_numbers(128, 200).sum(dim=0).expand(2, 7, 200))
     for empty in (torch.empty(0, 200, requires_grad=True), torch.empty(3, 0, 200, requires_grad=True)):
-        y = frozen_linear(empty, quantize(whole_numbers(129, 200), BLOCK))
+        y = frozen_linear(empty, quantize(whole_numbers(129, 200), SCALE_BLOCK))
         y.sum().backward()
         assert y.shape == (*empty.shape[:-1], 129) and empty.grad.shape == empty.shape
 
@@ -161,7 +161,7 @@ def test_the_layer_errs_by_the_rounding_of_its_operands(dtype):
     x = torch.randn(300, 1000, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
     grad = torch.randn(300, 700, generator=generator, dtype=torch.float64).to(dtype)
     weight = torch.randn(700, 1000, generator=generator, dtype=torch.float64).to(dtype)
-    stored = quantize(weight, BLOCK)
+    stored = quantize(weight, SCALE_BLOCK)
     y = frozen_linear(x, stored)
     y.backward(grad)
 
@@ -173,7 +173,7 @@ def test_the_layer_errs_by_the_rounding_of_its_operands(dtype):
 
     for found, left, right in [(y, x.detach(), weight.T), (x.grad, grad, weight)]:
         truth = left.double() @ right.double()
-        operands = (rounding(left, 1) ** 2 + rounding(weight, BLOCK) ** 2) ** 0.5
+        operands = (rounding(left, 1) ** 2 + rounding(weight, SCALE_BLOCK) ** 2) ** 0.5
         assert 0.98 * operands <= error(found, truth) <= 1.02 * operands
         assert 0.025 < operands < 0.05 and error((left @ right).to(dtype), truth) < operands / 10
 
@@ -187,7 +187,7 @@ def test_a_layer_keeps_nothing_but_its_weight_and_one_scratch_copy_while_its_gra
         scratch.append(weakref.ref(turned.data))
         return turned
 
-    stored = quantize(whole_numbers(130, 200), BLOCK)
+    stored = quantize(whole_numbers(130, 200), SCALE_BLOCK)
     x = whole_numbers(5, 200).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         y = frozen_linear(x, stored)
@@ -199,7 +199,7 @@ def test_a_layer_keeps_nothing_but_its_weight_and_one_scratch_copy_while_its_gra
 
 
 def test_a_weight_that_changes_before_the_backward_pass_is_refused():
-    stored = quantize(whole_numbers(130, 200), BLOCK)
+    stored = quantize(whole_numbers(130, 200), SCALE_BLOCK)
     y = frozen_linear(whole_numbers(5, 200).requires_grad_(), stored)
     stored.scale.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -224,10 +224,10 @@ BUDGETS = [
 def test_hopper_kernels_keep_their_budget(sizes, transposed, dtype, registers, shared_bytes, instructions):
     with mock.patch.object(module, "on_triton", return_value=True), compiled_for_hopper() as kernels:
         for rows, columns, inner in sizes:
-            weight = unallocated(columns, inner, BLOCK)
+            weight = unallocated(columns, inner, SCALE_BLOCK)
             if transposed:
-                row_major = unallocated(inner, columns, BLOCK)
-                weight = BlockScaled(row_major.data.T, row_major.scale.T, BLOCK)
+                row_major = unallocated(inner, columns, SCALE_BLOCK)
+                weight = BlockScaled(row_major.data.T, row_major.scale.T, SCALE_BLOCK)
             matmul(unallocated(rows, inner, 1), weight, dtype)
     assert len(kernels) == len(sizes)
     for kernel in kernels:
@@ -245,7 +245,7 @@ def test_both_products_of_the_layer_run_on_hoppers_fp8_tensor_cores():
     with mock.patch.object(fp8, "on_triton", return_value=True), compiled_for_hopper() as kernels:
         with mock.patch.object(module, "on_triton", return_value=True):
             x = torch.empty(8192, 1, 5120, dtype=torch.bfloat16, device="meta", requires_grad=True)
-            y = frozen_linear(x, unallocated(27648, 5120, BLOCK))
+            y = frozen_linear(x, unallocated(27648, 5120, SCALE_BLOCK))
             y.backward(torch.empty_like(y))
     quantized, product, transposed = "_quantize_kernel", "_matmul_kernel", "_transpose_kernel"
     backward = [quantized, transposed, product]

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
-from megatron_scalebio.kernels.fp8 import BLOCK, dequantize, quantize
+from megatron_scalebio.kernels.fp8 import SCALE_BLOCK, dequantize, quantize
 from megatron_scalebio.kernels.frozen_linear import frozen_linear
 from torch import Tensor
 
@@ -78,7 +78,7 @@ def check_row_parallel(sequence_parallel: bool) -> None:
 
 def compare(layer, frozen, group, sequence_parallel, x, grad, weight, bias) -> None:
     """A rank's output, and gradients of its input and bias, with its inputs and the gradient of its output."""
-    stored = quantize(weight, BLOCK)
+    stored = quantize(weight, SCALE_BLOCK)
     assert torch.equal(dequantize(stored, torch.float32), weight)
     product = partial(frozen_linear, weight=stored)
     with torch.no_grad():

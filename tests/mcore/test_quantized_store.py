@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from megatron_scalebio.kernels.fp8 import BLOCK, dequantize, quantize
+from megatron_scalebio.kernels.fp8 import SCALE_BLOCK, dequantize, quantize
 
 from megatron_scalebio.active_layers import Role
 from megatron_scalebio.mcore.linear import ColumnLinear, RowLinear
@@ -67,7 +67,7 @@ def follow_storage(case: Case) -> None:
             upper = run.blocks(Role.UPPER)[name]
             assert (lower.stored is upper.stored) == (name not in ever_active)
             if name not in ever_active:
-                matrices = [quantize(view, BLOCK) for view in lower.views(initial[name]) if view.ndim == 2]
+                matrices = [quantize(view, SCALE_BLOCK) for view in lower.views(initial[name]) if view.ndim == 2]
                 for kept, exact in zip(lower.quantized.matrices, matrices, strict=True):
                     assert torch.equal(kept.data.view(torch.uint8), exact.data.view(torch.uint8))
 
@@ -82,7 +82,7 @@ def check_block(run: RankRun, role: Role, block, frozen_in_fp8: bool) -> None:
     for parameter in block.parameters:
         if parameter.tensor.ndim == 2:
             rows, columns = parameter.tensor.shape
-            expected += rows * columns + 4 * -(-rows // BLOCK) * -(-columns // BLOCK)
+            expected += rows * columns + 4 * -(-rows // SCALE_BLOCK) * -(-columns // SCALE_BLOCK)
             assert parameter.tensor.untyped_storage().nbytes() == element, "a shadow of the weight is kept"
             assert parameter.tensor.isnan().all()
     assert block.stored.nbytes == expected
@@ -171,7 +171,7 @@ def follow_masters(case: Case) -> None:
         block, shard = run.blocks(role)[name], data_parallel_shard(initial[name].numel(), run.groups)
         assert (master - initial[name][shard].float()).abs().max() > 1.9e-6, "two updates of 1e-6 are not there"
         if block.quantized is not None:
-            of_initial = [quantize(view, BLOCK) for view in block.views(initial[name]) if view.ndim == 2]
+            of_initial = [quantize(view, SCALE_BLOCK) for view in block.views(initial[name]) if view.ndim == 2]
             equal = [
                 (kept.data.float() == exact.data.float()).float().mean().item()
                 for kept, exact in zip(block.quantized.matrices, of_initial, strict=True)
@@ -222,4 +222,4 @@ def round_matrices(blocks: Iterable[Block]) -> None:
         if block.is_layer and block.weights is not None:
             for view in block.views(block.weights):
                 if view.ndim == 2:
-                    view.copy_(dequantize(quantize(view, BLOCK), view.dtype))
+                    view.copy_(dequantize(quantize(view, SCALE_BLOCK), view.dtype))

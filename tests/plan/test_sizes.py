@@ -114,5 +114,5 @@ def test_bytes_equal_what_the_host_holds_after_every_draw(overrides):
 
 
 def test_constants_that_are_written_down_twice_are_equal():
-    assert (sizes.FP8_BLOCK, ALIGNMENT) == (fp8.BLOCK, moments.BLOCK)
+    assert (sizes.SCALE_BLOCK, ALIGNMENT) == (fp8.SCALE_BLOCK, moments.BLOCK)
     assert memory.LOGITS_CHUNK == head_loss.TOKENS_PER_CHUNK["cuda"]

@@ -146,7 +146,7 @@ def rounded_sums(a, b, out):
 
 def larger_scale(x, block_rows):
     q = fp8.quantize(x, block_rows)
-    return replace(q, scale=1.5 * q.scale) if block_rows == fp8.BLOCK else q
+    return replace(q, scale=1.5 * q.scale) if block_rows == fp8.SCALE_BLOCK else q
 
 
 @pytest.mark.parametrize(

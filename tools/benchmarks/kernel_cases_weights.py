@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from megatron_scalebio.kernels.adamw import adamw_update, adamw_update_reference
 from megatron_scalebio.kernels.fp8 import (
-    BLOCK,
+    SCALE_BLOCK,
     BlockScaled,
     dequantize,
     dequantize_reference,
@@ -160,7 +160,7 @@ def fp8_cases(device: torch.device, quick: bool) -> list[Case]:
         return torch.randn(outputs, features, dtype=torch.bfloat16, device=device)
 
     def weight() -> BlockScaled:
-        return quantize_reference(numbers(), BLOCK)
+        return quantize_reference(numbers(), SCALE_BLOCK)
 
     def parts(q: BlockScaled) -> Outputs:
         return {"data": q.data, "scale": q.scale}
@@ -176,13 +176,13 @@ def fp8_cases(device: torch.device, quick: bool) -> list[Case]:
 
     def quantize_case(rows: int) -> Case:
         return case(
-            *(f"quantize {rows}x{BLOCK}", 3, numbers),
+            *(f"quantize {rows}x{SCALE_BLOCK}", 3, numbers),
             *(lambda x: parts(quantize(x, rows)), lambda x: parts(quantize_reference(x, rows))),
         )
 
     return [
         quantize_case(1),
-        quantize_case(BLOCK),
+        quantize_case(SCALE_BLOCK),
         case(
             *("dequantize", 3, weight),
             lambda q: {"numbers": dequantize(q, torch.bfloat16)},
@@ -222,7 +222,7 @@ def frozen_linear_dgrad_cases(device: torch.device, quick: bool) -> list[Case]:
         return {"grad_x": matmul(quantize(inputs.grad, 1), transpose(inputs.weight), inputs.grad.dtype)}
 
     def as_view(inputs: LinearInputs) -> Outputs:
-        view = BlockScaled(inputs.weight.data.T, inputs.weight.scale.T, BLOCK)
+        view = BlockScaled(inputs.weight.data.T, inputs.weight.scale.T, SCALE_BLOCK)
         return {"grad_x": matmul(quantize(inputs.grad, 1), view, inputs.grad.dtype)}
 
     def dequantized(inputs: LinearInputs) -> Outputs:
@@ -258,7 +258,7 @@ def _linear_inputs(tokens: int, outputs: int, features: int, device: torch.devic
     torch.manual_seed(0)
     random = partial(torch.randn, dtype=torch.bfloat16, device=device)
     original = random(outputs, features).mul_(features**-0.5)
-    weight = quantize(original, BLOCK)
+    weight = quantize(original, SCALE_BLOCK)
     return LinearInputs(
         x=random(tokens, features).requires_grad_(),
         grad=random(tokens, outputs),
@@ -272,6 +272,6 @@ def _plain_linear(inputs: LinearInputs, exact: bool) -> Outputs:
     """On the operands as rounded to FP8, in plain PyTorch in fp64 or fp32; fp32 results are rounded as ours are."""
     dtype = torch.float64 if exact else torch.float32
     x, grad = (dequantize_reference(quantize_reference(t.detach(), 1), dtype) for t in (inputs.x, inputs.grad))
-    weight = dequantize_reference(quantize_reference(inputs.original, BLOCK), dtype)
+    weight = dequantize_reference(quantize_reference(inputs.original, SCALE_BLOCK), dtype)
     result = torch.float64 if exact else inputs.x.dtype
     return {"y": (x @ weight.T).to(result), "grad_x": (grad @ weight).to(result)}
