@@ -107,15 +107,22 @@ class Fields:
         return bool(value)
 
     def shape(
-        self, tied_by_default: bool, num_query_groups: int | None = None, head_size: int | None = None
+        self,
+        tied_by_default: bool,
+        num_query_groups: int | None = None,
+        head_size: int | None = None,
+        scaled_rope: bool = False,
     ) -> ShapeConfig:
-        """What every family has. The defaults are the family's where its config.json leaves a field out."""
+        """What every family has. The defaults are the family's where its config.json leaves a field out; `scaled_rope`:
+        it knows Llama-3.1's scaling of the rotary frequencies."""
         mistakes = len(self.problems)
         heads, hidden = self.count("num_attention_heads"), self.count("hidden_size")
         derived = head_size is None and self.peek("head_dim") is None
         if derived and hidden % heads and len(self.problems) == mistakes:
             self.problems.append(f"hidden_size={hidden}: must be a multiple of num_attention_heads={heads}")
         rope_base, rope_scaling = self._rope()
+        if rope_scaling is not None and not scaled_rope:
+            self.problems.append(f"rope_scaling of Llama-3.1: not supported for {self.peek('model_type')}")
         return ShapeConfig(
             num_layers=self.count("num_hidden_layers"),
             hidden_size=hidden,

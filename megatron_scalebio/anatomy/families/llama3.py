@@ -15,7 +15,8 @@ def read(config: dict[str, Any]) -> ShapeConfig:
         fields.must_be(name, False)
     fields.must_be("hidden_act", "silu")
     fields.must_be("pretraining_tp", 1)
-    shape = fields.shape(tied_by_default=False, num_query_groups=fields.config.get("num_attention_heads"))
+    groups = fields.peek("num_attention_heads")
+    shape = fields.shape(tied_by_default=False, num_query_groups=groups, scaled_rope=True)
     fields.refuse_the_rest()
     return shape
 

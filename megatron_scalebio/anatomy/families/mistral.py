@@ -16,8 +16,6 @@ def read(config: dict[str, Any]) -> ShapeConfig:
     fields = Fields(config, FAMILY.harmless)
     fields.must_be("hidden_act", "silu")
     shape = fields.shape(tied_by_default=False)
-    if shape.rope_scaling is not None:
-        fields.problems.append("rope_scaling of Llama-3.1: not supported for mistral")
     shape = replace(shape, sliding_window=fields.count("sliding_window", default=4096, nullable=True))
     fields.refuse_the_rest()
     return shape

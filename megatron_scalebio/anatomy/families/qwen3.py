@@ -16,8 +16,6 @@ def read(config: dict[str, Any]) -> ShapeConfig:
     fields.must_be("attention_bias", False)
     fields.must_be("use_sliding_window", False)
     shape = fields.shape(tied_by_default=False, head_size=128)
-    if shape.rope_scaling is not None:
-        fields.problems.append("rope_scaling of Llama-3.1: not supported for qwen3")
     fields.must_be("layer_types", ["full_attention"] * shape.num_layers)
     fields.refuse_the_rest()
     return shape
