@@ -16,12 +16,11 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from megatron_scalebio.active_layers import Role
-from megatron_scalebio.config import UserError, load_config
+from megatron_scalebio.config import UserError
 from megatron_scalebio.data import Dataset, Example
 from megatron_scalebio.data.tokenizers import BytesTokenizer
-from megatron_scalebio.hf import adopt_checkpoint
 from megatron_scalebio.mcore.export import export_model
-from megatron_scalebio.run import Run
+from megatron_scalebio.run import Run, open_config
 from megatron_scalebio.trainer import Trainer
 from tests.distributed import run_distributed
 from tests.hf.tiny_models import CONFIGS, random_model
@@ -82,7 +81,7 @@ def test_layers_in_fp8_that_never_trained_come_out_with_their_bits(saved, tmp_pa
 
 
 @pytest.mark.parametrize("layout", ["TP2", "TP2xPP2"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "qwen3", "mistral-window"])
 def test_after_training_transformers_computes_the_loss_that_the_run_reports(saved, tmp_path, kind, layout):
     source = saved(kind, torch.float32)
     world_size, overrides = LAYOUTS[layout]
@@ -195,11 +194,10 @@ def test_loading_takes_one_copy_of_the_weights_and_less_than_a_tensor_beside_it(
 MEASURE = """
 import re, sys, threading, torch
 from pathlib import Path
-from megatron_scalebio.config import load_config
 from megatron_scalebio.device import CPU
-from megatron_scalebio.hf import adopt_checkpoint
 from megatron_scalebio.mcore.models import MegatronModels
 from megatron_scalebio.mcore.process_groups import start_process_groups
+from megatron_scalebio.run import open_config
 
 def anonymous():
     return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
@@ -208,14 +206,13 @@ def watch():
     while not over.wait(0.001):
         seen.append(anonymous())
 
-config = load_config(None, [f"model.hf_path={sys.argv[1]}", "precision.compute=fp32", "run.device=cpu"])
-adopt_checkpoint(config, {})
+config = open_config(None, [f"model.hf_path={sys.argv[1]}", "precision.compute=fp32", "data.tokenizer=bytes"])
 groups = start_process_groups(config.parallel, CPU)
-MegatronModels(load_config(None, ["precision.compute=fp32"]), groups, CPU, 256)  # what is imported and started once
+MegatronModels(open_config(None, ["precision.compute=fp32"]), groups, CPU)  # what is imported and started once
 seen, over = [anonymous()], threading.Event()
 watcher = threading.Thread(target=watch)
 watcher.start()
-models = MegatronModels(config, groups, CPU, 40_000)
+models = MegatronModels(config, groups, CPU)
 over.set()
 watcher.join()
 print(seen[0], max(*seen, anonymous()))
@@ -235,9 +232,7 @@ def train(source: Path, target: Path, overrides: tuple[str, ...], steps: int) ->
 
 
 def trainer_for(source: Path, overrides: tuple[str, ...]) -> Trainer:
-    config = load_config(None, [*RUN, f"model.hf_path={source}", "data.tokenizer=bytes", *overrides])
-    adopt_checkpoint(config, {})
-    config.data.sources = []
+    config = open_config(None, [*RUN, f"model.hf_path={source}", "data.tokenizer=bytes", *overrides])
     return Trainer(Run(config, dataset()))
 
 

@@ -14,10 +14,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_scalebio.active_layers import Role
-from megatron_scalebio.config import load_config, write_config
-from megatron_scalebio.hf import adopt_checkpoint
+from megatron_scalebio.config import write_config
 from megatron_scalebio.mcore.export import export_model
-from megatron_scalebio.run import Run
+from megatron_scalebio.run import Run, open_config
 from megatron_scalebio.trainer import Trainer
 from tests.distributed import run_distributed
 from tests.hf.tiny_models import CONFIGS, random_model
@@ -109,9 +108,7 @@ def model_with_tokenizer(folder: Path) -> Path:
 
 def trainer_for(source: Path, run: Path, *overrides: str) -> Trainer:
     settings = (*RUN, TP2, f"model.hf_path={source}", "data.tokenizer=bytes", f"run.output_dir={run}")
-    config = load_config(None, [*settings, *overrides])
-    adopt_checkpoint(config, {})
-    return Trainer(Run(config, dataset()))
+    return Trainer(Run(open_config(None, [*settings, *overrides]), dataset()))
 
 
 def train(source: Path, run: Path, target: Path, *overrides: str) -> None:
