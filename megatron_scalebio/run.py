@@ -81,9 +81,10 @@ def open_config(
     Raises: UserError.
     """
     loaded = _load(config, overrides)
+    nowhere = str(Path("any").absolute())
     if not loaded.data.sources:
-        loaded.data.sources = [SourceConfig("any", "any")]
-    loaded.data.validation = loaded.data.validation or "any"
+        loaded.data.sources = [SourceConfig("any", nowhere)]
+    loaded.data.validation = loaded.data.validation or nowhere
     vocab_size = loaded.model.shape.vocab_size or load_tokenizer(loaded.data.tokenizer).vocab_size
     check_config(loaded, world_size or loaded.parallel.tensor * loaded.parallel.pipeline, vocab_size)
     return resolve(loaded, vocab_size)

@@ -4,6 +4,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from megatron_scalebio.spans import Span, span
 def train(run: Run) -> int:
     """Run to the last step, or until a signal. Returns the exit status: 0, 1, 130 or 143."""
     with _StopSignal() as stop:  # a signal that arrives while the models are built ends the run after its first step
-        status = Trainer(run)._loop(stop)
+        status = Trainer(run).train(stop)
     dist.destroy_process_group()
     return status
 
@@ -76,11 +77,15 @@ class Trainer:
         """How much each source counts: {name: weight}, which sum to one."""
         return dict(zip(self.dataset.source_names, self.source_weights.weights.tolist(), strict=True))
 
-    def train(self) -> int:
+    def train(self, stop: "_StopSignal | None" = None) -> int:
         """Run to the last step and export the model, or save a checkpoint at a signal. Returns the exit status: 0; 1 if
-        the run diverged, 130 after SIGINT, 143 after SIGTERM."""
-        with _StopSignal() as stop:
-            return self._loop(stop)
+        the run diverged, 130 after SIGINT, 143 after SIGTERM.
+
+        Args:
+            stop: watches for signals already; None: for as long as this runs.
+        """
+        with _StopSignal() if stop is None else nullcontext(stop) as watched:
+            return self._loop(watched)
 
     def _loop(self, stop: "_StopSignal") -> int:
         config, num_steps = self.config, self.config.bilevel.steps

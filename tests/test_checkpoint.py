@@ -129,7 +129,7 @@ def train(folder: Path, overrides: tuple[str, ...], seed: int = 0, poisoned_step
 
     trainer.sampler.step = sample_with_poison
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
-        status = trainer.run(NEVER)
+        status = trainer.train(NEVER)
     return {
         "status": status,
         "errors": errors.getvalue(),

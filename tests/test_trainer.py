@@ -43,7 +43,7 @@ def run(folder: Path, settings: tuple[str, ...], device: str = "CPU", lasts: int
             return take_step()
 
         trainer.take_step = take_step_and_stop
-        trainer._loop(stop)
+        trainer.train(stop)
 
 
 def test_the_peak_of_memory_is_the_fullest_ranks_and_rates_are_over_the_steps_time(tmp_path):
