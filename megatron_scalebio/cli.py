@@ -21,6 +21,7 @@ from megatron_scalebio.launch import (
     LAUNCHER_PID,
     adopt_slurm_environment,
     die_with_launcher,
+    is_main_rank,
     report_user_error,
     start_ranks,
 )
@@ -101,7 +102,7 @@ def _train(args: argparse.Namespace) -> int:
     die_with_launcher()
     adopt_slurm_environment()
     from megatron_scalebio.plan.machine import check_machine
-    from megatron_scalebio.run import is_main_rank, open_run
+    from megatron_scalebio.run import open_run
     from megatron_scalebio.run_folder import RunFolder
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))

@@ -20,6 +20,11 @@ TOLD = "told"
 LAUNCHER_PID = "MEGATRON_SCALEBIO_LAUNCHER_PID"
 
 
+def is_main_rank() -> bool:
+    """Whether this process is rank 0 of its run, which alone reads and writes the output folder."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def start_ranks(command: list[str], num_ranks: int) -> int:
     """Run `python COMMAND` as so many ranks, through torch's elastic launcher. Returns the exit status of the whole."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -80,7 +85,7 @@ def report_user_error(message: str) -> None:
     without torchrun nobody reads the message, so a node's first rank, which checks the node, prints it.
     """
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if os.environ.get("RANK", "0") == "0":
+    if is_main_rank():
         print(f"error: {message}", file=sys.stderr, flush=True)
         if error_file:
             Path(error_file).with_name(TOLD).touch()

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_scalebio.anatomy import FAMILIES, head_size
-from megatron_scalebio.config import Config, flatten, load_config
+from megatron_scalebio.config import Config, changed, flatten, load_config
 
 # What a setting is where it is null.
 DERIVED = (
@@ -17,7 +17,7 @@ DERIVED = (
     "run.export_dtype",
 )
 
-# Which data and model a run reads and where it writes: no preset has a say in it.
+# No preset has a say in which data a run reads, in what words they are and where it writes.
 _OF_THE_RUN = ("data.sources", "data.validation", "data.test", "run.output_dir", "model.shape.vocab_size")
 
 
@@ -27,13 +27,13 @@ def resolve(config: Config, vocab_size: int) -> Config:
     Args:
         vocab_size: of the tokenizer; counts where `model.shape.vocab_size` is null.
     """
-    shape, bilevel, optimizer, parallel, run = (
-        *(config.model.shape, config.bilevel, config.optimizer, config.parallel, config.run),
-    )
+    shape, bilevel, optimizer = config.model.shape, config.bilevel, config.optimizer
+    parallel, run = config.parallel, config.run
     size, scalar = head_size(shape), shape.query_pre_attn_scalar
     if scalar is None and "query_pre_attn_scalar" in FAMILIES[config.model.family].options:
         scalar = float(size)
-    stages = parallel.layers_per_stage or [shape.num_layers // parallel.pipeline] * parallel.pipeline
+    equal, rest = divmod(shape.num_layers, parallel.pipeline)
+    stages = parallel.layers_per_stage or (None if rest else [equal] * parallel.pipeline)
     export_dtype = run.export_dtype or ("bf16" if config.precision.compute in ("bf16", "fp8") else "fp32")
     shape = replace(shape, vocab_size=shape.vocab_size or vocab_size, head_size=size, query_pre_attn_scalar=scalar)
     return replace(
@@ -53,7 +53,7 @@ def changed_from_preset(config: Config) -> dict[str, tuple[Any, Any]]:
     Which data and model a run reads and where it writes is left out.
     """
     plain = flatten(load_config(None, [f"bilevel.preset={config.bilevel.preset}"]))
-    plain |= {key: value for key, value in flatten(_derived_anew(config)).items() if key in DERIVED}
+    plain |= {key: _derived(config, key) for key in DERIVED}
     current = {key: value for key, value in flatten(config).items() if key not in _OF_THE_RUN}
     if config.model.hf_path is not None:
         current = {key: value for key, value in current.items() if not key.startswith("model.")}
@@ -61,18 +61,13 @@ def changed_from_preset(config: Config) -> dict[str, tuple[Any, Any]]:
     return {key: (plain[key], value) for key, value in current.items() if plain[key] != value}
 
 
-def _derived_anew(config: Config) -> Config:
-    """What the configuration would be had none of `DERIVED` been given."""
-    pipeline, num_layers = config.parallel.pipeline, config.model.shape.num_layers
-    stages = config.parallel.layers_per_stage if num_layers % pipeline else None
-    return resolve(
-        replace(
-            config,
-            model=replace(config.model, shape=replace(config.model.shape, head_size=None, query_pre_attn_scalar=None)),
-            bilevel=replace(config.bilevel, validation_batch_size=None),
-            optimizer=replace(config.optimizer, lr_lower=None),
-            parallel=replace(config.parallel, layers_per_stage=stages),
-            run=replace(config.run, export_dtype=None),
-        ),
-        config.model.shape.vocab_size or 0,
-    )
+def without_derived(config: Config) -> Config:
+    """A copy in which a setting that is no other than what would be derived is null again, so that it follows where the
+    settings that it derives from are changed. The vocabulary's size stays: its tokenizer is not asked."""
+    flat, keys = flatten(config), [key for key in DERIVED if key != "model.shape.vocab_size"]
+    return changed(config, {key: None for key in keys if flat[key] == _derived(config, key)})
+
+
+def _derived(config: Config, key: str) -> Any:
+    """What a setting would be, had it been null."""
+    return flatten(resolve(changed(config, {key: None}), config.model.shape.vocab_size or 0))[key]

@@ -5,12 +5,12 @@ What a setting allows by itself is declared beside it, in `config.settings`.
 
 import importlib.util
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from megatron_scalebio.anatomy import FAMILIES, head_size
 from megatron_scalebio.anatomy.fields import ROPE_SCALING
-from megatron_scalebio.config import SETTINGS, Config, Setting, UserError, flatten
+from megatron_scalebio.config import SETTINGS, Config, Setting, ShapeConfig, UserError, flatten
 from megatron_scalebio.source_weights import LOGITS_OPTIMIZERS
 
 # What is declared elsewhere, so that a new family or logits optimizer touches no setting.
@@ -23,7 +23,9 @@ FOUND: dict[str, dict[str, Any]] = {
 }
 
 # Settings of model.shape that not every family has a formula for.
-FAMILY_OPTIONS = ("query_pre_attn_scalar", "attention_softcap", "final_softcap", "sliding_window", "rope_scaling")
+FAMILY_OPTIONS = [
+    field.name for field in fields(ShapeConfig) if any(field.name in family.options for family in FAMILIES.values())
+]
 
 
 def declared_settings() -> dict[str, Setting]:

@@ -1,4 +1,4 @@
-"""The names of what a run writes into its folder."""
+"""A run's folder: the names of what it writes there, whether it may, and how a file is replaced."""
 
 import os
 import re

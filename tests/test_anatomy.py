@@ -76,3 +76,8 @@ def test_a_flat_layout_keeps_matrices_first_and_regions_aligned_and_apart():
     assert layout.offsets == [0, 300, 384, 512] and layout.numel == 519
     assert [(region.start, region.stop) for region in layout.regions] == [(0, 350), (384, 484), (512, 519)]
     assert padded_block(519, 2) == 2 * aligned(260) == 768
+
+
+def test_matrices_of_two_regions_are_decayed_to_the_end_of_the_last():
+    layout = flat_layout([Item(100, True, Counting()), Item(50, True, Counting(replicated=True))])
+    assert layout.offsets == [0, 128] and layout.num_decayed == layout.numel == 178

@@ -94,7 +94,7 @@ class Family:
     def find(self, name: str) -> tuple[str, Parameter]:
         """(block, declaration) of a global name, a tied head's among them. Raises: KeyError."""
         if not name.startswith(LAYER_PREFIX):
-            return next((block, outer) for block, outer in OUTER_BLOCKS.items() if outer.name == name)
+            return {outer.name: (block, outer) for block, outer in OUTER_BLOCKS.items()}[name]
         layer, _, local = name.removeprefix(LAYER_PREFIX).partition(".")
         return layer_block(int(layer)), self.in_layer(local)
 

@@ -18,7 +18,6 @@ class Cut(Enum):
     """How tensor parallelism cuts a parameter, and how its parts lie in it."""
 
     NONE = "every rank holds the whole"
-    ROWS = "each rank holds a range of rows"
     COLUMNS = "each rank holds a range of columns"
     GROUPS = "for each query group its R query heads, its key head and its value head; each rank holds some groups"
     HALVES = "parts above each other; each rank holds a range of rows of each"
@@ -69,7 +68,7 @@ class Parameter:
         name: Megatron-Core's, in its decoder layer or in the whole model.
         parts: what transformers keeps it in, in the order in which they lie in it.
         fused_name: where Transformer Engine's modules keep it, if elsewhere.
-        sums_over_heads: cut or not, a rank's gradient of it is that of the rank's heads alone.
+        sums_over_heads: whole on every rank, and yet a rank's gradient of it is that of the rank's heads alone.
     """
 
     name: str

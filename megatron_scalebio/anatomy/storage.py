@@ -42,7 +42,7 @@ class FlatLayout:
     order: list[int]  # the items, as they lie
     offsets: list[int]  # of each, in that order
     regions: list[Region]
-    num_decayed: int  # numbers of the matrices, which come first
+    num_decayed: int  # where the matrices end, which come first; padding between their regions included
     numel: int  # padding between regions included, padding at the end not
 
 
@@ -60,7 +60,8 @@ def flat_layout(items: Sequence[Item]) -> FlatLayout:
         offsets.append(offset)
         offset += item.numel
         regions.append(Region(start, offset, item.counting))
-    return FlatLayout(order, offsets, regions, sum(item.numel for item in items if item.is_matrix), offset)
+    ends = [start + items[index].numel for index, start in zip(order, offsets, strict=True) if items[index].is_matrix]
+    return FlatLayout(order, offsets, regions, max(ends, default=0), offset)
 
 
 def aligned(numel: int) -> int:

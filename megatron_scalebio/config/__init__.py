@@ -4,6 +4,8 @@ from megatron_scalebio.config.declare import Setting
 from megatron_scalebio.config.errors import UserError
 from megatron_scalebio.config.likeness import nearest
 from megatron_scalebio.config.loading import (
+    changed,
+    completed,
     config_sha256,
     flatten,
     given_settings,
@@ -43,6 +45,8 @@ __all__ = [
     "ShapeConfig",
     "SourceConfig",
     "UserError",
+    "changed",
+    "completed",
     "config_sha256",
     "flatten",
     "given_settings",

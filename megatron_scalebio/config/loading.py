@@ -1,6 +1,8 @@
 """From a YAML file and `section.key=value` overrides to a configuration, and back to YAML."""
 
+import copy
 import dataclasses
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -38,18 +40,33 @@ def load_config(path: str | None, overrides: list[str]) -> Config:
         _apply(tree, setting, problems)
     if problems:
         raise UserError("\n".join(problems))
-    if problem := SETTINGS["bilevel.preset"].problem(tree.bilevel.preset):
+    return completed(OmegaConf.to_object(tree))
+
+
+def completed(config: Config) -> Config:
+    """A copy in which what is null has the preset's value, and files and folders stand as `load_config` gives them.
+
+    Raises: UserError, if `bilevel.preset` or a weights file that is named cannot be read.
+    """
+    if problem := SETTINGS["bilevel.preset"].problem(config.bilevel.preset):
         raise UserError(problem)
-    for key, value in PRESETS[tree.bilevel.preset].items():
-        if OmegaConf.select(tree, key) is None:
-            OmegaConf.update(tree, key, value)
-    config: Config = OmegaConf.to_object(tree)
-    config.run.output_dir = str(Path(config.run.output_dir).absolute())
+    flat = flatten(config)
+    filled = {key: value for key, value in PRESETS[config.bilevel.preset].items() if flat[key] is None}
+    config = changed(config, filled | {"run.output_dir": str(Path(config.run.output_dir).absolute())})
     if isinstance(config.bilevel.weights, str):
         config.bilevel.weights = _read_weights(config.bilevel.weights)
     if config.data.tokenizer is None:
         config.data.tokenizer = config.model.hf_path or "bytes"
     return config
+
+
+def changed(config: Config, values: dict[str, Any]) -> Config:
+    """A copy with other values: {"section.key": value}."""
+    result = copy.deepcopy(config)
+    for key, value in values.items():
+        *sections, name = key.split(".")
+        setattr(functools.reduce(getattr, sections, result), name, value)
+    return result
 
 
 def given_settings(path: str | None, overrides: list[str]) -> dict[str, Any]:

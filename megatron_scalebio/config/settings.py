@@ -62,7 +62,7 @@ class ShapeConfig:
     attention_softcap: float | None = setting(None, "c in c * tanh(scores / c); null: none", POSITIVE)
     final_softcap: float | None = setting(None, "c in c * tanh(logits / c); null: none", POSITIVE)
     sliding_window: int | None = setting(
-        None, "tokens that every other layer sees, from the first layer on; null: all", at_least(1)
+        None, "tokens that a layer with a window sees: gemma2's even layers, mistral's all; null: all", at_least(1)
     )
 
 

@@ -59,13 +59,11 @@ class Dataset:
 def load_dataset(config: Config, tokenizer: Tokenizer | None = None) -> Dataset:
     """Reads, templates and tokenises every file that `config.data` names.
 
-    Args:
-        tokenizer: that of `data.tokenizer`, where it is at hand.
-
     One file may serve several sources: a source is its name. With bilevel.mode=fixed the validation file is not read.
 
     Args:
         config: one that `rules.check_config` accepts.
+        tokenizer: that of `data.tokenizer`, where it is at hand.
 
     Raises:
         UserError: a file or record breaks a rule; the message names it.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Parameter as Weights
 
 from megatron_scalebio.active_layers import Role
 from megatron_scalebio.anatomy.storage import Region
@@ -168,7 +168,7 @@ class ActiveSet:
         self.store.freeze(self.role, name, active.master)
 
 
-def _accumulate_in_master_dtype(parameter: Parameter) -> None:
+def _accumulate_in_master_dtype(parameter: Weights) -> None:
     """Move a micro-batch's gradient, in the compute dtype, into the fp32 sum over micro-batches.
 
     The head's has been added there by `head_loss`: autograd calls this all the same, with none.

@@ -66,7 +66,14 @@ class Plan:
             memory: bytes of one GPU.
             device: whose ceilings count; None: that of a GPU of so much memory.
             draws: `draws_of(config)`, where they are at hand: no layout changes them.
+
+        Raises: ValueError, for a configuration that is not resolved, or a number of GPUs that it does not divide.
         """
+        parallel = config.parallel
+        if parallel.layers_per_stage is None or config.model.shape.vocab_size is None:
+            raise ValueError("Plan.of takes a resolved configuration: that of open_config(...) or open_run(...)")
+        if world_size % (parallel.tensor * parallel.pipeline):
+            raise ValueError(f"{world_size} GPUs are no multiple of {parallel.tensor} x {parallel.pipeline}")
         draws = draws or draws_of(config)
         plan = Plan(config, world_size, memory, device or device_of(memory), draws, [])
         plan.stages.extend(
