@@ -64,15 +64,16 @@ def changed_from_preset(config: Config) -> dict[str, tuple[Any, Any]]:
 def _derived_anew(config: Config) -> Config:
     """What the configuration would be had none of `DERIVED` been given."""
     pipeline, num_layers = config.parallel.pipeline, config.model.shape.num_layers
-    stages = config.parallel.layers_per_stage if num_layers % pipeline else None
+    null: Any = None
+    stages = config.parallel.layers_per_stage if num_layers % pipeline else null
     return resolve(
         replace(
             config,
-            model=replace(config.model, shape=replace(config.model.shape, head_size=None, query_pre_attn_scalar=None)),
-            bilevel=replace(config.bilevel, validation_batch_size=None),
-            optimizer=replace(config.optimizer, lr_lower=None),
+            model=replace(config.model, shape=replace(config.model.shape, head_size=null, query_pre_attn_scalar=None)),
+            bilevel=replace(config.bilevel, validation_batch_size=null),
+            optimizer=replace(config.optimizer, lr_lower=null),
             parallel=replace(config.parallel, layers_per_stage=stages),
-            run=replace(config.run, export_dtype=None),
+            run=replace(config.run, export_dtype=null),
         ),
         config.model.shape.vocab_size or 0,
     )

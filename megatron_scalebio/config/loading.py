@@ -4,13 +4,13 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_scalebio.config.declare import Setting
+from megatron_scalebio.config.declare import Setting, is_section
 from megatron_scalebio.config.errors import UserError
 from megatron_scalebio.config.settings import PRESETS, SETTINGS, SOURCE_SETTINGS, Config
 from megatron_scalebio.config.unknown import NO_SPACE, glued, unknown, unknown_of_source
@@ -43,12 +43,12 @@ def load_config(path: str | None, overrides: list[str]) -> Config:
     for key, value in PRESETS[tree.bilevel.preset].items():
         if OmegaConf.select(tree, key) is None:
             OmegaConf.update(tree, key, value)
-    config: Config = OmegaConf.to_object(tree)
+    if tree.data.tokenizer is None:
+        tree.data.tokenizer = tree.model.hf_path or "bytes"
+    config = cast(Config, OmegaConf.to_object(tree))
     config.run.output_dir = str(Path(config.run.output_dir).absolute())
     if isinstance(config.bilevel.weights, str):
         config.bilevel.weights = _read_weights(config.bilevel.weights)
-    if config.data.tokenizer is None:
-        config.data.tokenizer = config.model.hf_path or "bytes"
     return config
 
 
@@ -126,11 +126,11 @@ def _override_settings(override: str, problems: list[str]) -> list[_Given]:
         problems.append(f"{where}: expected section.key=value, got {override!r}")
         return []
     try:
-        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=True)["value"]
+        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         problems.append(f"{where}: {override!r}: {_yaml_problem(error)}")
         return []
-    tree: Any = value
+    tree: Any = cast(dict[str, Any], parsed)["value"]
     for part in reversed(key.split(".")):
         tree = {part: tree}
     if found := glued(tree):
@@ -140,7 +140,7 @@ def _override_settings(override: str, problems: list[str]) -> list[_Given]:
     return [setting._replace(value=_absolute(setting, Path.cwd())) for setting in settings]
 
 
-def _leaves(tree: dict[str, Any], schema: type, prefix: str, where: str, problems: list[str]) -> list[_Given]:
+def _leaves(tree: dict[Any, Any], schema: type, prefix: str, where: str, problems: list[str]) -> list[_Given]:
     """Flattens `tree` along the schema, noting every unknown key and every section that is not one."""
     kinds = {item.name: item.type for item in dataclasses.fields(schema)}
     settings: list[_Given] = []
@@ -148,7 +148,7 @@ def _leaves(tree: dict[str, Any], schema: type, prefix: str, where: str, problem
         key, kind = f"{prefix}{name}", kinds.get(name)
         if kind is None:
             problems += [f"{where}: {message}" for message in unknown(key, value)]
-        elif dataclasses.is_dataclass(kind):
+        elif is_section(kind):
             if isinstance(value, dict):
                 settings += _leaves(value, kind, f"{key}.", where, problems)
             else:
