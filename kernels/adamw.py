@@ -64,21 +64,21 @@ def adamw_update(
 
 
 def adamw_update_reference(
-    weights,
-    master,
-    gradient,
-    exp_avg,
-    exp_avg_sq,
+    weights: Tensor,
+    master: Tensor,
+    gradient: Tensor,
+    exp_avg: Moment | Tensor,
+    exp_avg_sq: Moment | Tensor,
     *,
-    num_decayed,
-    step,
-    lr,
-    betas,
-    eps,
-    weight_decay,
-    gradient_scale,
-    first_index=0,
-):
+    num_decayed: int,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    gradient_scale: Tensor,
+    first_index: int = 0,
+) -> None:
     """`adamw_update` in plain PyTorch."""
     beta1, beta2 = betas
     exp_avg, exp_avg_sq = _as_moment(exp_avg), _as_moment(exp_avg_sq)
@@ -100,21 +100,21 @@ def _as_moment(stored: Moment | Tensor) -> Moment:
 
 
 def _on_triton(
-    weights,
-    master,
-    gradient,
-    exp_avg,
-    exp_avg_sq,
+    weights: Tensor,
+    master: Tensor,
+    gradient: Tensor,
+    exp_avg: Moment | Tensor,
+    exp_avg_sq: Moment | Tensor,
     *,
-    num_decayed,
-    step,
-    lr,
-    betas,
-    eps,
-    weight_decay,
-    gradient_scale,
-    first_index,
-):
+    num_decayed: int,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    gradient_scale: Tensor,
+    first_index: int,
+) -> None:
     average, square = _as_moment(exp_avg), _as_moment(exp_avg_sq)
     require_dense(weights=weights, master=master, gradient=gradient, exp_avg=average.values, exp_avg_sq=square.values)
     beta1, beta2 = betas
@@ -152,7 +152,7 @@ def _update_kernel(
     CAST: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     local_row = tl.arange(0, ROWS)[:, None]
     index = tl.program_id(0).to(tl.int64) * (ROWS * BLOCK) + (local_row * BLOCK + tl.arange(0, BLOCK)[None, :])
     row = tl.program_id(0) * ROWS + local_row

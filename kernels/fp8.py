@@ -129,7 +129,9 @@ def _spread(scale: Tensor, block_rows: int, rows: int, columns: int) -> Tensor:
 
 
 @triton.jit
-def _tile(rows, columns, TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _tile(
+    rows, columns, TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """This program's tile: first row, column of blocks, offsets [TILE_ROWS, BLOCK] in a row-major matrix, its mask."""
     tiles_across = tl.cdiv(columns, BLOCK)
     first_row = tl.program_id(0) // tiles_across * TILE_ROWS
@@ -151,7 +153,7 @@ def _quantize_kernel(
     BLOCK_ROWS: tl.constexpr,  # 1, or TILE_ROWS
     TILE_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     first_row, block_column, offset, inside = _tile(rows, columns, TILE_ROWS, BLOCK)
     x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     # Magnitudes order as their bits do, infinity above numbers and NaN above infinity; tl.max of floats ignores NaN.
@@ -182,7 +184,7 @@ def _dequantize_kernel(
     BLOCK_ROWS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     first_row, block_column, offset, inside = _tile(rows, columns, TILE_ROWS, BLOCK)
     row = first_row + tl.arange(0, TILE_ROWS)[:, None]
     at = (row // BLOCK_ROWS).to(tl.int64) * scale_stride_row + block_column.to(tl.int64) * scale_stride_column
@@ -198,7 +200,7 @@ def _transpose_kernel(
     rows,
     columns,
     BLOCK: tl.constexpr,
-):
+) -> None:
     first_row, block_column, offset, inside = _tile(rows, columns, BLOCK, BLOCK)
     tile = tl.load(data_ptr + offset, mask=inside, other=0.0)
     row = (first_row + tl.arange(0, BLOCK))[None, :]

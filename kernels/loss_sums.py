@@ -33,7 +33,7 @@ def sums_by_id_reference(values: Tensor, coefs: Tensor, ids: Tensor, num_ids: in
     return torch.where(ids == every_id.unsqueeze(1), weighted, 0.0).sum(dim=1)
 
 
-def _on_triton(values, coefs, ids, num_ids):
+def _on_triton(values: Tensor, coefs: Tensor, ids: Tensor, num_ids: int) -> Tensor:
     require_dense(values=values, coefs=coefs, ids=ids)
     sums = torch.empty(num_ids, dtype=torch.float64, device=values.device)
     _sums_kernel[(num_ids,)](values, coefs, ids, sums, len(values), BLOCK=1024, num_warps=4)
@@ -48,7 +48,7 @@ def _sums_kernel(
     sums,  # [G] fp64, written
     num_tokens,
     BLOCK: tl.constexpr,
-):
+) -> None:
     own = tl.program_id(0)
     lanes = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float64)

@@ -42,7 +42,7 @@ def _squares_kernel(
     numel,
     step,  # programs * BLOCK
     BLOCK: tl.constexpr,
-):
+) -> None:
     lanes = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float64)
     for start in range(tl.program_id(0).to(tl.int64) * BLOCK, numel, step):

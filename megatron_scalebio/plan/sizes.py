@@ -21,11 +21,8 @@ FP8_BLOCK = 128  # rows and columns of a frozen FP8 weight that share one fp32 s
 
 def linear_shapes(model: ModelConfig, tensor: int = 1) -> dict[Parameter, tuple[int, int]]:
     """{linear: (output features, input features)} of a decoder layer on one of `tensor` tensor-parallel ranks."""
-    return {
-        parameter: parameter.shape(model.shape, tensor)
-        for parameter in FAMILIES[model.family].layer
-        if parameter.is_matrix
-    }
+    matrices = [parameter for parameter in FAMILIES[model.family].layer if parameter.is_matrix]
+    return {matrix: (rows, columns) for matrix in matrices for rows, columns in [matrix.shape(model.shape, tensor)]}
 
 
 def layer_parameters(model: ModelConfig, tensor: int = 1) -> int:

@@ -18,7 +18,7 @@ def read(config: dict[str, Any]) -> ShapeConfig:
     shape = fields.shape(tied_by_default=False)
     if shape.rope_scaling is not None:
         fields.problems.append("rope_scaling of Llama-3.1: not supported for mistral")
-    shape = replace(shape, sliding_window=fields.count("sliding_window", default=4096, nullable=True))
+    shape = replace(shape, sliding_window=fields.nullable_count("sliding_window", default=4096))
     fields.refuse_the_rest()
     return shape
 
