@@ -114,7 +114,7 @@ def _update_inputs(size: int, device: torch.device) -> UpdateInputs:
 def _with_moments(inputs: UpdateInputs, moments: str) -> UpdateInputs:
     if moments == "fp32":
         return inputs
-    stored = {}
+    stored: dict[str, Any] = {}
     for which, name in ((FIRST, "exp_avg"), (SECOND, "exp_avg_sq")):
         numbers = getattr(inputs, name)
         stored[name] = Moment.zeros(len(numbers), moments, numbers.dtype, numbers.device)
@@ -124,7 +124,7 @@ def _with_moments(inputs: UpdateInputs, moments: str) -> UpdateInputs:
 
 def _in_fp64(inputs: UpdateInputs) -> UpdateInputs:
     """The same numbers; moments as they are stored become plain tensors."""
-    values = vars(inputs) | {
+    values: dict[str, Any] = vars(inputs) | {
         name: load_reference(getattr(inputs, name), which)
         for which, name in ((FIRST, "exp_avg"), (SECOND, "exp_avg_sq"))
         if isinstance(getattr(inputs, name), Moment)
@@ -165,7 +165,13 @@ def fp8_cases(device: torch.device, quick: bool) -> list[Case]:
     def parts(q: BlockScaled) -> Outputs:
         return {"data": q.data, "scale": q.scale}
 
-    def case(what: str, num_bytes: int, make_inputs: Callable, run: Callable, reference: Callable) -> Case:
+    def case(
+        what: str,
+        num_bytes: int,
+        make_inputs: Callable[[], Any],
+        run: Callable[[Any], Outputs],
+        reference: Callable[[Any], Outputs],
+    ) -> Case:
         return Case(
             operation="fp8",
             shape=dict(what=what, R=outputs, C=features),
