@@ -9,6 +9,8 @@ Shapes: n parameters.
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from megatron_scalebio.kernels.dispatch import on_triton, require_dense
 from megatron_scalebio.kernels.moments import (
     BLOCK,
@@ -21,7 +23,6 @@ from megatron_scalebio.kernels.moments import (
     store_moment,
     store_reference,
 )
-from torch import Tensor
 
 ROWS = 8  # blocks of scales in a program
 

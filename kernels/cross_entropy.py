@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 import triton
 import triton.language as tl
-from megatron_scalebio.kernels.dispatch import on_triton, require_dense
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from megatron_scalebio.kernels.dispatch import on_triton, require_dense
 
 LOG2E = tl.constexpr(1.4426950408889634)
 

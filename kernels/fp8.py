@@ -23,8 +23,9 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from megatron_scalebio.kernels.dispatch import on_triton
 from torch import Tensor
+
+from megatron_scalebio.kernels.dispatch import on_triton
 
 BLOCK = 128
 ROWS_PER_TILE = 32  # where a program needs no whole 128x128 block

@@ -24,10 +24,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from megatron_scalebio.kernels.dispatch import on_triton
-from megatron_scalebio.kernels.fp8 import BLOCK, BlockScaled, dequantize, dequantize_reference, quantize, transpose
 from torch import Tensor
 from torch.nn.functional import pad
+
+from megatron_scalebio.kernels.dispatch import on_triton
+from megatron_scalebio.kernels.fp8 import BLOCK, BlockScaled, dequantize, dequantize_reference, quantize, transpose
 
 ALIGNMENT = 16  # bytes: what one thread copies to shared memory at a time
 GROUP = 8

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from megatron_scalebio.kernels.dispatch import on_triton
 from torch import Tensor
+
+from megatron_scalebio.kernels.dispatch import on_triton
 
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 # (gradient of the activation, x) -> gradient of x: what autograd calls.

@@ -13,11 +13,11 @@ Shapes: N tokens that carry loss, H hidden, V vocabulary, V_local this tensor-pa
 from typing import Any
 
 import torch
-from megatron_scalebio.kernels.cross_entropy import cross_entropy
-from megatron_scalebio.kernels.dispatch import device_type, on_triton
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_scalebio.kernels.cross_entropy import cross_entropy
+from megatron_scalebio.kernels.dispatch import device_type, on_triton
 from megatron_scalebio.spans import Span, span
 
 # The weight's fp32 gradient is read and written once per chunk, so a GPU takes large ones: at V_local 19,008 the logits

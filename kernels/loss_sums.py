@@ -9,8 +9,9 @@ Shapes: N tokens, G sums.
 import torch
 import triton
 import triton.language as tl
-from megatron_scalebio.kernels.dispatch import on_triton, require_dense
 from torch import Tensor
+
+from megatron_scalebio.kernels.dispatch import on_triton, require_dense
 
 
 def sums_by_id(values: Tensor, coefs: Tensor, ids: Tensor, num_ids: int) -> Tensor:

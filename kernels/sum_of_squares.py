@@ -9,8 +9,9 @@ Shapes: n numbers.
 import torch
 import triton
 import triton.language as tl
-from megatron_scalebio.kernels.dispatch import on_triton, require_dense
 from torch import Tensor
+
+from megatron_scalebio.kernels.dispatch import on_triton, require_dense
 
 MOST_PROGRAMS = 1024
 

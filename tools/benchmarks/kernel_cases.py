@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from megatron_scalebio.kernels.cross_entropy import cross_entropy
-from megatron_scalebio.kernels.head_loss import head_loss
-from megatron_scalebio.kernels.loss_sums import sums_by_id
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_scalebio.device import backend
+from megatron_scalebio.kernels.cross_entropy import cross_entropy
+from megatron_scalebio.kernels.head_loss import head_loss
+from megatron_scalebio.kernels.loss_sums import sums_by_id
 from tools.benchmarks import kernel_peers
 from tools.benchmarks.kernel_checks import NEAR_BANDWIDTH, RECOMPUTE, Case, Contender, Outputs, Target
 

@@ -9,6 +9,8 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from megatron_scalebio.kernels.adamw import adamw_update, adamw_update_reference
 from megatron_scalebio.kernels.fp8 import (
     BLOCK,
@@ -23,8 +25,6 @@ from megatron_scalebio.kernels.fp8 import (
 from megatron_scalebio.kernels.frozen_linear import frozen_linear, matmul
 from megatron_scalebio.kernels.moments import FIRST, SECOND, Moment, load_reference, store_reference
 from megatron_scalebio.kernels.sum_of_squares import sum_of_squares
-from torch import Tensor
-
 from tools.benchmarks import kernel_peers
 from tools.benchmarks.kernel_checks import NEAR_BANDWIDTH, Case, Contender, Outputs, Target
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron_scalebio.kernels.adamw import adamw_update_reference
-from megatron_scalebio.kernels.fp8 import BlockScaled, quantize, transpose
-from megatron_scalebio.kernels.gated_activation import ACTIVATIONS
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from megatron_scalebio.kernels.adamw import adamw_update_reference
+from megatron_scalebio.kernels.fp8 import BlockScaled, quantize, transpose
+from megatron_scalebio.kernels.gated_activation import ACTIVATIONS
 from tools.benchmarks.kernel_checks import Contender, Outputs, Unsupported
 
 GRADIENTS = ("grad_hidden", "grad_weight")

@@ -10,8 +10,8 @@ from contextlib import AbstractContextManager
 from unittest import mock
 
 import torch
-from megatron_scalebio.kernels import moments
 
+from megatron_scalebio.kernels import moments
 from tools.benchmarks.tasks import QUICKSTART
 from tools.studies import presets
 from tools.studies.runner import Arm, Study
