@@ -117,7 +117,8 @@ class ActiveSet:
         """Clip to `max_norm`, update the active blocks; returns the norm before the clip. Needs `reduce_gradients`."""
         norm = self.norm
         assert norm is not None
-        scale = torch.ones_like(norm) if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        unclipped = torch.ones_like(norm)
+        scale = unclipped if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for active in self.blocks.values():
             self._update(active, lr, scale)
         return norm
