@@ -7,8 +7,12 @@ setup(
     version="0.1.0",
     description="Learn how much each fine-tuning source should count, and train the model, at once.",
     python_requires=">=3.12",
-    packages=[*find_packages(include=["megatron_scalebio", "megatron_scalebio.*"]), "megatron_scalebio.kernels"],
-    # The kernels stand beside the package in the repository and inside it when imported.
+    packages=[
+        *find_packages(include=["megatron_scalebio", "megatron_scalebio.*"], exclude=["megatron_scalebio.kernels"]),
+        "megatron_scalebio.kernels",
+    ],
+    # The kernels stand beside the package in the repository and inside it when imported. The link in it is
+    # for the type checker and editors.
     package_dir={"megatron_scalebio": "megatron_scalebio", "megatron_scalebio.kernels": "kernels"},
     install_requires=[
         "torch>=2.11",
@@ -26,7 +30,7 @@ setup(
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.9"],
-        "test": ["pytest>=8", "ruff>=0.9"],
+        "test": ["pyrefly>=1.4", "pytest>=8", "ruff>=0.9"],
         # Others' kernels, for tools/benchmark_kernels.py to compare with.
         "benchmark": ["liger-kernel>=0.8", "cut-cross-entropy>=25.1", "quack-kernels>=0.6"],
     },

@@ -9,6 +9,8 @@ Shapes: n parameters.
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from megatron_scalebio.kernels.dispatch import on_triton, require_dense
 from megatron_scalebio.kernels.moments import (
     BLOCK,
@@ -21,7 +23,6 @@ from megatron_scalebio.kernels.moments import (
     store_moment,
     store_reference,
 )
-from torch import Tensor
 
 ROWS = 8  # blocks of scales in a program
 
@@ -64,21 +65,21 @@ def adamw_update(
 
 
 def adamw_update_reference(
-    weights,
-    master,
-    gradient,
-    exp_avg,
-    exp_avg_sq,
+    weights: Tensor,
+    master: Tensor,
+    gradient: Tensor,
+    exp_avg: Moment | Tensor,
+    exp_avg_sq: Moment | Tensor,
     *,
-    num_decayed,
-    step,
-    lr,
-    betas,
-    eps,
-    weight_decay,
-    gradient_scale,
-    first_index=0,
-):
+    num_decayed: int,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    gradient_scale: Tensor,
+    first_index: int = 0,
+) -> None:
     """`adamw_update` in plain PyTorch."""
     beta1, beta2 = betas
     exp_avg, exp_avg_sq = _as_moment(exp_avg), _as_moment(exp_avg_sq)
@@ -100,21 +101,21 @@ def _as_moment(stored: Moment | Tensor) -> Moment:
 
 
 def _on_triton(
-    weights,
-    master,
-    gradient,
-    exp_avg,
-    exp_avg_sq,
+    weights: Tensor,
+    master: Tensor,
+    gradient: Tensor,
+    exp_avg: Moment | Tensor,
+    exp_avg_sq: Moment | Tensor,
     *,
-    num_decayed,
-    step,
-    lr,
-    betas,
-    eps,
-    weight_decay,
-    gradient_scale,
-    first_index,
-):
+    num_decayed: int,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    gradient_scale: Tensor,
+    first_index: int,
+) -> None:
     average, square = _as_moment(exp_avg), _as_moment(exp_avg_sq)
     require_dense(weights=weights, master=master, gradient=gradient, exp_avg=average.values, exp_avg_sq=square.values)
     beta1, beta2 = betas
@@ -152,7 +153,7 @@ def _update_kernel(
     CAST: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     local_row = tl.arange(0, ROWS)[:, None]
     index = tl.program_id(0).to(tl.int64) * (ROWS * BLOCK) + (local_row * BLOCK + tl.arange(0, BLOCK)[None, :])
     row = tl.program_id(0) * ROWS + local_row

@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 import triton
 import triton.language as tl
-from megatron_scalebio.kernels.dispatch import on_triton, require_dense
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from megatron_scalebio.kernels.dispatch import on_triton, require_dense
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -51,7 +52,16 @@ def cross_entropy(
     return operation(logits, targets, loss_coef, vocab_size, group, softcap, grad, skip_zero)
 
 
-def cross_entropy_reference(logits, targets, loss_coef, vocab_size, group, softcap=None, grad=None, skip_zero=True):
+def cross_entropy_reference(
+    logits: Tensor,
+    targets: Tensor,
+    loss_coef: Tensor,
+    vocab_size: int,
+    group: ProcessGroup,
+    softcap: float | None = None,
+    grad: Tensor | None = None,
+    skip_zero: bool = True,
+) -> Tensor:
     """`cross_entropy` in plain PyTorch, in as few passes over the logits as it allows."""
     if skip_zero and not loss_coef.all():
         return _only_nonzero(logits, targets, loss_coef, vocab_size, group, softcap, grad)
@@ -87,7 +97,15 @@ def cross_entropy_reference(logits, targets, loss_coef, vocab_size, group, softc
     return losses
 
 
-def _only_nonzero(logits, targets, loss_coef, vocab_size, group, softcap, grad):
+def _only_nonzero(
+    logits: Tensor,
+    targets: Tensor,
+    loss_coef: Tensor,
+    vocab_size: int,
+    group: ProcessGroup,
+    softcap: float | None,
+    grad: Tensor | None,
+) -> Tensor:
     """The reference on the tokens whose coefficient is not zero; zeros for the others."""
     kept = loss_coef.nonzero().squeeze(1)
     rows = logits[kept]
@@ -96,7 +114,7 @@ def _only_nonzero(logits, targets, loss_coef, vocab_size, group, softcap, grad):
     losses[kept] = cross_entropy_reference(
         rows, targets[kept], loss_coef[kept], vocab_size, group, softcap, rows_grad, skip_zero=False
     )
-    if grad is not None:
+    if grad is not None and rows_grad is not None:
         grad.zero_()
         grad[kept] = rows_grad
     return losses
@@ -125,7 +143,16 @@ def _whole_vocabulary(statistics: Tensor, group: ProcessGroup) -> tuple[Tensor, 
     return shift, total, total.log() - (targets.sum(dim=0) - shift)
 
 
-def _on_triton(logits, targets, loss_coef, vocab_size, group, softcap, grad, skip_zero):
+def _on_triton(
+    logits: Tensor,
+    targets: Tensor,
+    loss_coef: Tensor,
+    vocab_size: int,
+    group: ProcessGroup,
+    softcap: float | None,
+    grad: Tensor | None,
+    skip_zero: bool,
+) -> Tensor:
     require_dense(logits=logits, targets=targets, loss_coef=loss_coef)
     num_tokens, width = logits.shape
     first, columns = _columns(logits, vocab_size, group)
@@ -163,7 +190,7 @@ def _statistics_kernel(
     SOFTCAP: tl.constexpr,
     SKIP_ZERO: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     """One program per token. The running sum stays in BLOCK lanes: a tile costs one reduction, its maximum's."""
     row = tl.program_id(0).to(tl.int64)
     if SKIP_ZERO:
@@ -211,7 +238,7 @@ def _gradient_kernel(
     softcap,
     SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     """One program per tile of a row; a row that counts nothing is zeroed without being read."""
     program = tl.program_id(0)
     row = (program // blocks_per_row).to(tl.int64)
@@ -232,7 +259,7 @@ def _gradient_kernel(
 
 
 @triton.jit
-def _tanh(x):
+def _tanh(x) -> tl.tensor:
     """tanh as in Cephes, to 2 units in the last place: a polynomial near zero, where 1 - 2 / (e + 1) would cancel."""
     z = x * x
     series = (((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1) * z

@@ -23,8 +23,9 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from megatron_scalebio.kernels.dispatch import on_triton
 from torch import Tensor
+
+from megatron_scalebio.kernels.dispatch import on_triton
 
 SCALE_BLOCK = 128
 ROWS_PER_TILE = 32  # where a program needs no whole 128x128 block
@@ -129,7 +130,9 @@ def _spread(scale: Tensor, block_rows: int, rows: int, columns: int) -> Tensor:
 
 
 @triton.jit
-def _tile(rows, columns, TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _tile(
+    rows, columns, TILE_ROWS: tl.constexpr, BLOCK: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """This program's tile: first row, column of blocks, offsets [TILE_ROWS, BLOCK] in a row-major matrix, its mask."""
     tiles_across = tl.cdiv(columns, BLOCK)
     first_row = tl.program_id(0) // tiles_across * TILE_ROWS
@@ -151,7 +154,7 @@ def _quantize_kernel(
     BLOCK_ROWS: tl.constexpr,  # 1, or TILE_ROWS
     TILE_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     first_row, block_column, offset, inside = _tile(rows, columns, TILE_ROWS, BLOCK)
     x = tl.load(x_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     # Magnitudes order as their bits do, infinity above numbers and NaN above infinity; tl.max of floats ignores NaN.
@@ -182,7 +185,7 @@ def _dequantize_kernel(
     BLOCK_ROWS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     first_row, block_column, offset, inside = _tile(rows, columns, TILE_ROWS, BLOCK)
     row = first_row + tl.arange(0, TILE_ROWS)[:, None]
     at = (row // BLOCK_ROWS).to(tl.int64) * scale_stride_row + block_column.to(tl.int64) * scale_stride_column
@@ -198,7 +201,7 @@ def _transpose_kernel(
     rows,
     columns,
     BLOCK: tl.constexpr,
-):
+) -> None:
     first_row, block_column, offset, inside = _tile(rows, columns, BLOCK, BLOCK)
     tile = tl.load(data_ptr + offset, mask=inside, other=0.0)
     row = (first_row + tl.arange(0, BLOCK))[None, :]

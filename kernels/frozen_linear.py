@@ -19,9 +19,14 @@ The matrix product, `_matmul_kernel`:
 Shapes: M tokens, K input features, N output features; K and N of this tensor-parallel rank.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from torch.nn.functional import pad
+
 from megatron_scalebio.kernels.dispatch import on_triton
 from megatron_scalebio.kernels.fp8 import (
     SCALE_BLOCK,
@@ -31,8 +36,6 @@ from megatron_scalebio.kernels.fp8 import (
     quantize,
     transpose,
 )
-from torch import Tensor
-from torch.nn.functional import pad
 
 ALIGNMENT = 16  # bytes: what one thread copies to shared memory at a time
 GROUP = 8
@@ -58,26 +61,28 @@ def frozen_linear(x: Tensor, weight: BlockScaled, rounds_inputs: bool = True) ->
 
 class _FrozenLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight):
+    def forward(ctx: Any, x: Tensor, weight: BlockScaled) -> Tensor:
         ctx.save_for_backward(weight.data, weight.scale)
         return _times(x, weight)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         # The transposed weight is gone when this returns: the allocator hands the same memory to the next layer, in
         # the order of the stream, so all layers share one scratch buffer.
-        return _times(grad, transpose(BlockScaled(*ctx.saved_tensors, SCALE_BLOCK))), None
+        (grad,), (data, scale) = grads, ctx.saved_tensors
+        return _times(grad, transpose(BlockScaled(data, scale, SCALE_BLOCK))), None
 
 
 class _WideFrozenLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight):
+    def forward(ctx: Any, x: Tensor, weight: BlockScaled) -> Tensor:
         ctx.save_for_backward(weight.data, weight.scale)
         return x @ dequantize(weight, x.dtype).T
 
     @staticmethod
-    def backward(ctx, grad):
-        return grad @ dequantize(BlockScaled(*ctx.saved_tensors, SCALE_BLOCK), grad.dtype), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad,), (data, scale) = grads, ctx.saved_tensors
+        return grad @ dequantize(BlockScaled(data, scale, SCALE_BLOCK), grad.dtype), None
 
 
 def _times(x: Tensor, w: BlockScaled) -> Tensor:
@@ -143,7 +148,7 @@ def _matmul_kernel(
     BLOCK: tl.constexpr,
     HALF: tl.constexpr,  # of a tile's columns; a tile has the same block of w's scales throughout
     GROUP: tl.constexpr,
-):
+) -> None:
     tile_row, tile_column = _tile_of_program(tl.cdiv(rows, BLOCK), tl.cdiv(columns, 2 * HALF), GROUP)
     m, n, k = tile_row * BLOCK, tile_column * 2 * HALF, tl.arange(0, BLOCK)
     # Tiles begin at 64-bit offsets. Inside one 32 bits do for strides up to 2^24, as for scales, 1/128 of the numbers.
@@ -174,7 +179,7 @@ def _matmul_kernel(
 
 
 @triton.jit
-def _tile_of_program(tile_rows, tile_columns, GROUP: tl.constexpr):
+def _tile_of_program(tile_rows, tile_columns, GROUP: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """Down GROUP rows of tiles, then the next column; the last group may have fewer rows."""
     group = tl.program_id(0) // (GROUP * tile_columns)
     within = tl.program_id(0) % (GROUP * tile_columns)
@@ -183,7 +188,7 @@ def _tile_of_program(tile_rows, tile_columns, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _store(y_ptr, tile, m, n, rows, columns):
+def _store(y_ptr, tile, m, n, rows, columns) -> None:
     """Round `tile` to the dtype of y [rows, columns] and store what of it lies inside, its first entry at (m, n)."""
     row, column = tl.arange(0, tile.shape[0])[:, None], tl.arange(0, tile.shape[1])[None, :]
     y_ptr += m.to(tl.int64) * columns + n

@@ -12,13 +12,15 @@ numbers of the gate, then the F numbers of up.
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from megatron_scalebio.kernels.dispatch import on_triton
 from torch import Tensor
+
+from megatron_scalebio.kernels.dispatch import on_triton
 
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 # (gradient of the activation, x) -> gradient of x: what autograd calls.
@@ -51,15 +53,15 @@ def gated_activation(gate_and_up: Tensor, activation: str) -> Tensor:
 
 class _GatedActivation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate_and_up, activation):
+    def forward(ctx: Any, gate_and_up: Tensor, activation: str) -> Tensor:
         ctx.save_for_backward(gate_and_up)
         ctx.activation = activation
         operation = _on_triton if on_triton(gate_and_up) else gated_activation_reference
         return operation(gate_and_up, activation)
 
     @staticmethod
-    def backward(ctx, grad):
-        (gate_and_up,) = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad,), (gate_and_up,) = grads, ctx.saved_tensors
         operation = _backward_on_triton if on_triton(gate_and_up) else gated_activation_backward_reference
         return operation(gate_and_up, grad, ctx.activation), None
 
@@ -77,7 +79,7 @@ def gated_activation_backward_reference(gate_and_up: Tensor, grad: Tensor, activ
     return torch.cat((grad_gate, grad * ACTIVATIONS[activation](gate)), dim=-1)
 
 
-def _on_triton(gate_and_up, activation):
+def _on_triton(gate_and_up: Tensor, activation: str) -> Tensor:
     features = gate_and_up.shape[-1] // 2
     result = torch.empty(*gate_and_up.shape[:-1], features, dtype=gate_and_up.dtype, device=gate_and_up.device)
     grid, settings = _launch(result, activation)
@@ -85,7 +87,7 @@ def _on_triton(gate_and_up, activation):
     return result
 
 
-def _backward_on_triton(gate_and_up, grad, activation):
+def _backward_on_triton(gate_and_up: Tensor, grad: Tensor, activation: str) -> Tensor:
     gate_and_up, grad = gate_and_up.contiguous(), grad.contiguous()
     grad_gate_and_up = torch.empty_like(gate_and_up)
     grid, settings = _launch(grad, activation)
@@ -108,7 +110,7 @@ def _forward_kernel(
     features,  # F
     GELU: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     row, column, inside = _tile(features, BLOCK)
     gate_and_up += row * 2 * features
     gate = tl.load(gate_and_up + column, mask=inside, other=0.0).to(tl.float32)
@@ -125,7 +127,7 @@ def _backward_kernel(
     features,  # F
     GELU: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+) -> None:
     row, column, inside = _tile(features, BLOCK)
     gate_and_up += row * 2 * features
     grad_gate_and_up += row * 2 * features
@@ -139,7 +141,7 @@ def _backward_kernel(
 
 
 @triton.jit
-def _tile(features, BLOCK: tl.constexpr):
+def _tile(features, BLOCK: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """This program's row, 64-bit, its columns and which of them there are."""
     tiles_per_row = tl.cdiv(features, BLOCK)
     column = tl.program_id(0) % tiles_per_row * BLOCK + tl.arange(0, BLOCK)
@@ -147,7 +149,7 @@ def _tile(features, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _activate(x, GELU: tl.constexpr):
+def _activate(x, GELU: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """The activation of `x`, x * sigmoid(v), and its derivative."""
     v, slope_of_v = x, 1.0
     if GELU:

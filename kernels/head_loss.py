@@ -10,12 +10,14 @@ the tensor cores take. Tokens without loss are not among the N, so they cost not
 Shapes: N tokens that carry loss, H hidden, V vocabulary, V_local this tensor-parallel rank's padded shard.
 """
 
+from typing import Any
+
 import torch
-from megatron_scalebio.kernels.cross_entropy import cross_entropy
-from megatron_scalebio.kernels.dispatch import device_type, on_triton
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_scalebio.kernels.cross_entropy import cross_entropy
+from megatron_scalebio.kernels.dispatch import device_type, on_triton
 from megatron_scalebio.spans import Span, span
 
 # The weight's fp32 gradient is read and written once per chunk, so a GPU takes large ones: at V_local 19,008 the logits
@@ -58,7 +60,18 @@ def head_loss(
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, loss_coef, vocab_size, group, softcap, main_grad, wanted):
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        loss_coef: Tensor,
+        vocab_size: int,
+        group: ProcessGroup,
+        softcap: float | None,
+        main_grad: Tensor | None,
+        wanted: tuple[bool, bool],
+    ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         # What the products take: on a GPU the model's dtype, elsewhere, where bf16 is slow, the accumulator's.
         operand = hidden.dtype if on_triton(hidden) else wide
@@ -79,9 +92,9 @@ class _HeadLoss(torch.autograd.Function):
                 *(logits, targets[chunk], loss_coef[chunk], vocab_size, group, softcap, grad_logits),
                 skip_zero=False,  # a source of weight zero still has a loss to report
             )
-            if grad_hidden is not None:
+            if grad_logits is not None and grad_hidden is not None:
                 grad_hidden[chunk] = grad_logits @ head
-            if grad_weight is not None:
+            if grad_logits is not None and grad_weight is not None:
                 (_multiply if start == 0 else _add_product)(grad_logits.T, rows, out=grad_weight)
         if grad_weight is not None and len(targets) == 0:
             grad_weight.zero_()
@@ -91,7 +104,8 @@ class _HeadLoss(torch.autograd.Function):
         return (loss_coef.to(wide) * token_losses).sum(), token_losses
 
     @staticmethod
-    def backward(ctx, grad_loss, _):
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_loss, _ = grads
         grad_hidden, grad_weight = ctx.saved_tensors
         with span(Span.LOSS):
             if grad_hidden is not None:  # the product in fp32: in bf16 the scale alone would be off by 2^-9

@@ -9,8 +9,9 @@ Shapes: N tokens, G sums.
 import torch
 import triton
 import triton.language as tl
-from megatron_scalebio.kernels.dispatch import on_triton, require_dense
 from torch import Tensor
+
+from megatron_scalebio.kernels.dispatch import on_triton, require_dense
 
 
 def sums_by_id(values: Tensor, coefs: Tensor, ids: Tensor, num_ids: int) -> Tensor:
@@ -33,7 +34,7 @@ def sums_by_id_reference(values: Tensor, coefs: Tensor, ids: Tensor, num_ids: in
     return torch.where(ids == every_id.unsqueeze(1), weighted, 0.0).sum(dim=1)
 
 
-def _on_triton(values, coefs, ids, num_ids):
+def _on_triton(values: Tensor, coefs: Tensor, ids: Tensor, num_ids: int) -> Tensor:
     require_dense(values=values, coefs=coefs, ids=ids)
     sums = torch.empty(num_ids, dtype=torch.float64, device=values.device)
     _sums_kernel[(num_ids,)](values, coefs, ids, sums, len(values), BLOCK=1024, num_warps=4)
@@ -48,7 +49,7 @@ def _sums_kernel(
     sums,  # [G] fp64, written
     num_tokens,
     BLOCK: tl.constexpr,
-):
+) -> None:
     own = tl.program_id(0)
     lanes = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float64)

@@ -96,7 +96,7 @@ def store_reference(moment: Moment, numbers: Tensor, which: int, step: int, firs
         bits = (numbers.view(torch.int32) + (random & 0xFFFF)) & -0x10000
         moment.values.copy_(torch.where(numbers.isnan(), torch.nan, bits.view(torch.float32)))
     else:
-        _store_fp8_reference(moment, numbers, which, random)
+        _store_fp8_reference(moment.values, moment.scale, numbers, which, random)
 
 
 def _random_bits_reference(numel: int, first_index: int, key: int, device: torch.device) -> Tensor:
@@ -107,13 +107,13 @@ def _random_bits_reference(numel: int, first_index: int, key: int, device: torch
     return bits ^ ((bits >> 16) & 0xFFFF)
 
 
-def _store_fp8_reference(moment: Moment, numbers: Tensor, which: int, random: Tensor) -> None:
+def _store_fp8_reference(values: Tensor, scale: Tensor, numbers: Tensor, which: int, random: Tensor) -> None:
     magnitude = numbers.sqrt() if which == SECOND else numbers.abs()
     finite = magnitude.isfinite()
     magnitude = magnitude.where(finite, 0.0)
     largest = F.pad(magnitude, (0, -len(numbers) % BLOCK)).view(-1, BLOCK).amax(1)
-    moment.scale.copy_(_power_of_two(largest.view(torch.int32)).view(torch.float32))
-    scaled = magnitude / moment.scale.repeat_interleave(BLOCK)[: len(numbers)]
+    scale.copy_(_power_of_two(largest.view(torch.int32)).view(torch.float32))
+    scaled = magnitude / scale.repeat_interleave(BLOCK)[: len(numbers)]
     step = (scaled.view(torch.int32) & 0x7F800000).view(torch.float32).clamp(min=2.0**-6) * 2.0**-3
     units = scaled / step
     below = units.floor()
@@ -126,7 +126,7 @@ def _store_fp8_reference(moment: Moment, numbers: Tensor, which: int, random: Te
     if which == SECOND:
         rounded = torch.where(magnitude > 0, rounded.clamp(min=_SMALLEST), 0.0)
     rounded = torch.where(numbers < 0, -rounded, rounded)
-    moment.values.copy_(rounded.where(finite, torch.nan))
+    values.copy_(rounded.where(finite, torch.nan))
 
 
 def _power_of_two(largest: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ def load_moment(
     row,  # [ROWS, 1] into scale
     row_inside,  # [ROWS, 1] mask
     IS_SECOND: tl.constexpr,
-):
+) -> tl.tensor:
     """[ROWS, BLOCK] fp32."""
     numbers = tl.load(values + index, mask=inside, other=0.0).to(tl.float32)
     if scale is not None:
@@ -166,7 +166,7 @@ def store_moment(
     first_index,
     key,
     IS_SECOND: tl.constexpr,
-):
+) -> None:
     if scale is not None:
         random = _random_bits(index + first_index, key)
         numbers, block_scale = _to_fp8(tl.where(inside, numbers, 0.0), random, IS_SECOND)
@@ -179,7 +179,7 @@ def store_moment(
 
 
 @triton.jit
-def _random_bits(index, key):
+def _random_bits(index, key) -> tl.tensor:
     """Of (index xor key), in uint32: "lowbias32", https://nullprogram.com/blog/2018/07/31/."""
     bits = index.to(tl.uint32) ^ key.to(tl.uint32, bitcast=True)
     bits = (bits ^ (bits >> 16)) * 0x7FEB352D
@@ -188,7 +188,7 @@ def _random_bits(index, key):
 
 
 @triton.jit
-def _to_fp8(numbers, random, IS_SECOND: tl.constexpr):
+def _to_fp8(numbers, random, IS_SECOND: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
     """Numbers of e4m3, still as fp32, [ROWS, BLOCK], and their scales, [ROWS, 1]. To divide by a power of two is to
     multiply by its inverse, whose exponent is the negative one."""
     magnitude = tl.sqrt_rn(numbers) if IS_SECOND else tl.abs(numbers)

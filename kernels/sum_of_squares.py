@@ -9,8 +9,9 @@ Shapes: n numbers.
 import torch
 import triton
 import triton.language as tl
-from megatron_scalebio.kernels.dispatch import on_triton, require_dense
 from torch import Tensor
+
+from megatron_scalebio.kernels.dispatch import on_triton, require_dense
 
 MOST_PROGRAMS = 1024
 
@@ -42,7 +43,7 @@ def _squares_kernel(
     numel,
     step,  # programs * BLOCK
     BLOCK: tl.constexpr,
-):
+) -> None:
     lanes = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float64)
     for start in range(tl.program_id(0).to(tl.int64) * BLOCK, numel, step):

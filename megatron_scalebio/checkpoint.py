@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
@@ -27,11 +27,11 @@ logging.getLogger("megatron.core.dist_checkpointing.strategies.torch").setLevel(
 class Checkpointable(Protocol):
     """What a checkpoint needs of the models; see `mcore.persistence.Persistence`."""
 
-    def state(self) -> dict: ...  # every rank calls it
+    def state(self) -> dict[str, Any]: ...  # every rank calls it
 
     def sharded_tensors(self) -> dict[str, ShardedTensor]: ...
 
-    def prepare_to_load(self, state: dict) -> None: ...
+    def prepare_to_load(self, state: dict[str, Any]) -> None: ...
 
     def load_tensors(self, loaded: dict[str, Tensor]) -> None: ...
 
@@ -44,7 +44,7 @@ def newest_checkpoint(config: Config) -> Path | None:
 
 
 def save_checkpoint(
-    config: Config, step: int, dataset_fingerprint: str, run_state: dict, models: Checkpointable
+    config: Config, step: int, dataset_fingerprint: str, run_state: dict[str, Any], models: Checkpointable
 ) -> None:
     """Write the state after `step`; every rank takes part. A checkpoint of that step that exists is left as it is.
 
@@ -74,7 +74,7 @@ def save_checkpoint(
     dist.barrier()
 
 
-def read_state(path: Path, config: Config, dataset_fingerprint: str | None) -> dict:
+def read_state(path: Path, config: Config, dataset_fingerprint: str | None) -> dict[str, Any]:
     """A checkpoint's small state, checked to belong to this run; without a fingerprint to any data.
 
     Raises: UserError, naming what differs.
@@ -99,7 +99,7 @@ def read_state(path: Path, config: Config, dataset_fingerprint: str | None) -> d
     return state
 
 
-def load_models(path: Path, state: dict, models: Checkpointable) -> None:
+def load_models(path: Path, state: dict[str, Any], models: Checkpointable) -> None:
     """Load both models' tensors. The layers that were active at the save must be active.
 
     Raises: UserError if the files are damaged.

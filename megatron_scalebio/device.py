@@ -140,9 +140,10 @@ def install_cpu_seam() -> None:
     Only for a process that has chosen the CPU for all it does. CUDA may have been started in it all the same, as
     importing Transformer Engine does.
     """
-    torch.cuda.current_device = lambda: CPU
-    torch.cuda.synchronize = lambda device=None: None
-    schedules = importlib.import_module("megatron.core.pipeline_parallel.schedules")
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: CPU
+    cuda.synchronize = lambda device=None: None
+    schedules: Any = importlib.import_module("megatron.core.pipeline_parallel.schedules")
     if schedules.torch is torch:
         schedules.torch = _TorchOnCpu()
 
@@ -153,7 +154,7 @@ def rehearsal() -> Iterator[None]:
     `read_back` reads zeros, since fake tensors hold no numbers. Afterwards both are as they were.
     """
     global _reads_zeros
-    schedules = importlib.import_module("megatron.core.pipeline_parallel.schedules")
+    schedules: Any = importlib.import_module("megatron.core.pipeline_parallel.schedules")
     before = torch.cuda.current_device, torch.cuda.synchronize, schedules.torch
     install_cpu_seam()
     _reads_zeros = True

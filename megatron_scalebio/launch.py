@@ -11,6 +11,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 EXIT_USER_ERROR = 2
 EXITS_ON_SIGNAL = (128 + signal.SIGINT, 128 + signal.SIGTERM)
@@ -62,7 +66,7 @@ def start_ranks(command: list[str], num_ranks: int) -> int:
     return 0
 
 
-def _status_of_ranks(error: "ChildFailedError", told: bool) -> int:  # noqa: F821
+def _status_of_ranks(error: "ChildFailedError", told: bool) -> int:
     """The launch's exit status from the failed ranks', the user's mistakes first."""
     statuses = {rank: failure.exitcode for rank, failure in error.failures.items()}
     if EXIT_USER_ERROR in statuses.values():
@@ -127,5 +131,6 @@ def adopt_slurm_environment() -> None:
     environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
     nodes = environment["SLURM_STEP_NODELIST"]  # node[03-04,09],other1
     first = re.match(r"([^\[,]+)(?:\[([^-,\]]+))?", nodes)
+    assert first is not None, nodes
     environment.setdefault("MASTER_ADDR", first[1] + (first[2] or ""))
     environment.setdefault("MASTER_PORT", str(20_000 + int(environment["SLURM_JOB_ID"]) % 20_000))

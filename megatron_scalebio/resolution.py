@@ -32,8 +32,7 @@ def resolve(config: Config, vocab_size: int) -> Config:
     size, scalar = head_size(shape), shape.query_pre_attn_scalar
     if scalar is None and "query_pre_attn_scalar" in FAMILIES[config.model.family].options:
         scalar = float(size)
-    equal, rest = divmod(shape.num_layers, parallel.pipeline)
-    stages = parallel.layers_per_stage or (None if rest else [equal] * parallel.pipeline)
+    stages = parallel.layers_per_stage or [shape.num_layers // parallel.pipeline] * parallel.pipeline
     export_dtype = run.export_dtype or ("bf16" if config.precision.compute in ("bf16", "fp8") else "fp32")
     shape = replace(shape, vocab_size=shape.vocab_size or vocab_size, head_size=size, query_pre_attn_scalar=scalar)
     return replace(
@@ -69,5 +68,7 @@ def without_derived(config: Config) -> Config:
 
 
 def _derived(config: Config, key: str) -> Any:
-    """What a setting would be, had it been null."""
+    """What a setting would be, had it been null; null where that is refused."""
+    if key == "parallel.layers_per_stage" and config.model.shape.num_layers % config.parallel.pipeline:
+        return None
     return flatten(resolve(changed(config, {key: None}), config.model.shape.vocab_size or 0))[key]

@@ -85,7 +85,7 @@ def _shape(config: Config, vocab_size: int | None) -> list[str]:
         problems.append(
             f"lisa.num_active_layers={lisa.num_active_layers} must be at most model.shape.num_layers={shape.num_layers}"
         )
-    if None not in (shape.vocab_size, vocab_size) and shape.vocab_size < vocab_size:
+    if shape.vocab_size is not None and vocab_size is not None and shape.vocab_size < vocab_size:
         problems.append(
             f"model.shape.vocab_size={shape.vocab_size} is smaller than the {vocab_size} ids of"
             f" data.tokenizer={config.data.tokenizer}"

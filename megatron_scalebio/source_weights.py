@@ -10,6 +10,7 @@ the same bits. What `_logits_optimizer` marks is a way to move the logits: `bile
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ class SourceWeights:
         vectors = {name: getattr(self, name).tolist() for name in ("logits", "exp_avg", "exp_avg_sq")}
         return {**vectors, "step": self.step}
 
-    def load_state_dict(self, state: dict[str, list[float] | int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in ("logits", "exp_avg", "exp_avg_sq"):
             setattr(self, name, torch.tensor(state[name], dtype=torch.float64))
         self.step = state["step"]

@@ -38,7 +38,7 @@ def profiling() -> bool:
     return torch.autograd._profiler_enabled()
 
 
-def span(name: Span) -> AbstractContextManager:
+def span(name: Span) -> AbstractContextManager[object]:
     """What runs inside is `name`. Without a profiler this does nothing: `record_function` alone would take 20 us."""
     return record_function(name.value) if profiling() else _NOTHING
 

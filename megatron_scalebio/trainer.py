@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -234,6 +235,7 @@ class Trainer:
 def make_source_weights(config: Config, source_names: list[str]) -> SourceWeights:
     """The logits of a run before its first step."""
     bilevel = config.bilevel
+    beta1, beta2 = config.optimizer.betas
 
     def in_order(mapping: dict[str, float] | None) -> list[float] | None:
         return None if mapping is None else [mapping[name] for name in source_names]
@@ -242,7 +244,7 @@ def make_source_weights(config: Config, source_names: list[str]) -> SourceWeight
         num_sources=len(source_names),
         optimizer=bilevel.logits_optimizer,
         weight_decay=bilevel.logits_weight_decay,
-        betas=tuple(config.optimizer.betas),
+        betas=(beta1, beta2),
         eps=config.optimizer.eps,
         floor=bilevel.floor if bilevel.mode == "bilevel" else 0.0,
         prior=in_order(bilevel.prior),
@@ -264,7 +266,7 @@ class _StopSignal:
         self._previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -275,7 +277,7 @@ class _StopSignal:
         received, peak = map(int, read_back(numbers))
         return received, peak
 
-    def _receive(self, number: int, frame) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         for each, handler in self._previous.items():
             signal.signal(each, handler)

@@ -11,7 +11,6 @@ import math
 
 import pytest
 import torch
-from megatron_scalebio.kernels.loss_sums import sums_by_id
 from torch import Tensor
 
 from megatron_scalebio.active_layers import Role
@@ -19,6 +18,7 @@ from megatron_scalebio.bilevel import Bilevel, NonFinite, Pass
 from megatron_scalebio.config import Config
 from megatron_scalebio.data import MicroBatch, StepBatch
 from megatron_scalebio.data.batch import Rows
+from megatron_scalebio.kernels.loss_sums import sums_by_id
 from megatron_scalebio.source_weights import SourceWeights
 from tests.configs import resolved
 

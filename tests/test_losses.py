@@ -4,8 +4,8 @@ from fractions import Fraction
 
 import pytest
 import torch
-from megatron_scalebio.kernels.loss_sums import sums_by_id
 
+from megatron_scalebio.kernels.loss_sums import sums_by_id
 from megatron_scalebio.losses import evaluation_coefs, train_coefs
 
 # Examples of the global batch: (source, the losses of its loss tokens). Source 3 is absent.

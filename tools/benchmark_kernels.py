@@ -107,7 +107,7 @@ def check(case: Case, device: torch.device) -> list[Row]:
     plain_errors = relative_errors(plain, expected, None) if plain else {}
     rows = []
     for kind, contender in case.contenders():
-        row = {"operation": case.operation, "shape": case.shape, "contender": contender.name, "kind": kind}
+        row: Row = {"operation": case.operation, "shape": case.shape, "contender": contender.name, "kind": kind}
         rows.append(row)
         if kind == "floor":
             row["status"] = "unchecked"
@@ -123,7 +123,7 @@ def check(case: Case, device: torch.device) -> list[Row]:
             if case.probes and contender is case.ours[0]:
                 row["probes"] = [probe_row(p.name, p.measure(case.make_inputs()), p.least, p.most) for p in case.probes]
                 failed = [probe_in_words(probe) for probe in row["probes"] if not probe["passed"]]
-                row["reason"] = "; ".join(filter(None, [row["reason"], *failed])) or None
+                row["reason"] = "; ".join([row["reason"], *failed] if row["reason"] else failed) or None
             row["status"] = "wrong" if row["reason"] else "right"
         except Exception as error:  # whatever a peer raises is its reason; ours counts as wrong, and the rest goes on
             row |= {"status": "failed", "reason": in_one_line(error)}

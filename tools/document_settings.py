@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_scalebio.config import PRESETS, Config, Setting
+from megatron_scalebio.config.declare import is_section
 from megatron_scalebio.rules import declared_settings
 
 OPENING = """# Settings
@@ -39,7 +40,7 @@ def _sections(schema: type, prefix: str, settings: dict[str, Setting]) -> Iterat
         ]
         yield "\n".join([*head, *rows, ""])
     for item in dataclasses.fields(schema):
-        if dataclasses.is_dataclass(item.type):
+        if is_section(item.type):
             yield from _sections(item.type, f"{prefix}{item.name}.", settings)
 
 

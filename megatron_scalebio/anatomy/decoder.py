@@ -6,13 +6,14 @@ A block is what freezes and thaws as one: `layers.7`, or one of the three that a
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from megatron_scalebio.anatomy.parameters import Cut, Initial, Parameter, Part
 
 LAYER_PREFIX, THEIR_LAYER_PREFIX = "decoder.layers.", "model.layers."
 
 
-def norm(name: str, theirs: str, dim: str = "hidden", **keywords) -> Parameter:
+def norm(name: str, theirs: str, dim: str = "hidden", **keywords: Any) -> Parameter:
     """A norm's weight, whole on every rank."""
     return Parameter(name, (Part(theirs, (dim,)),), initial=Initial.NEUTRAL, **keywords)
 

@@ -59,7 +59,7 @@ _FIXED: dict[str, Any] = {
 class Fields:
     """A config.json that is read field by field; mistakes are collected, and told by `refuse_the_rest`.
 
-    A field that is null counts as absent, except where `nullable` says that null has a meaning of its own.
+    A field that is null counts as absent, except where null has a meaning: see `nullable_count`.
     """
 
     def __init__(self, config: dict[str, Any], harmless: tuple[str, ...]):
@@ -80,25 +80,29 @@ class Fields:
         if given is not None and (given != value or isinstance(given, bool) != isinstance(value, bool)):
             self.problems.append(f"{name}={_shown(given)}: not supported, only {_shown(value)}")
 
-    def count(self, name: str, default: int | None = None, nullable: bool = False) -> int | None:
-        """A positive integer; one without a default must be there. With `nullable`, an explicit null is None."""
-        if nullable and self._is_null(name):
-            return None
+    def count(self, name: str, default: int | None = None) -> int:
+        """A positive integer; one without a default must be there."""
         value = self._value(name, default)
         if type(value) is not int or value < 1:
             self._mistake(name, value, "a positive integer")
             return 1
         return value
 
-    def number(self, name: str, default: float, nullable: bool = False) -> float | None:
-        """A positive number; with `nullable`, an explicit null is None."""
-        if nullable and self._is_null(name):
-            return None
+    def nullable_count(self, name: str, default: int) -> int | None:
+        """As `count`, but an explicit null is None."""
+        return None if self._is_null(name) else self.count(name, default)
+
+    def number(self, name: str, default: float) -> float:
+        """A positive number."""
         value = self._value(name, default)
         if type(value) not in (int, float) or not value > 0:
             self._mistake(name, value, "a positive number")
             return 1.0
         return float(value)
+
+    def nullable_number(self, name: str, default: float) -> float | None:
+        """As `number`, but an explicit null is None."""
+        return None if self._is_null(name) else self.number(name, default)
 
     def flag(self, name: str, default: bool) -> bool:
         value = self._value(name, default)

@@ -4,9 +4,16 @@ import dataclasses
 import math
 import typing
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from megatron_scalebio.config.likeness import nearest
+
+if TYPE_CHECKING:
+    # The type of a setting that may be null as it is given, and is not once the preset or `resolution.resolve` has
+    # filled it. Checked as what it is then: only what runs before must look for None by itself.
+    type Filled[T] = T
+else:
+    Filled = typing.Optional
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,15 +85,20 @@ def section(schema: type) -> Any:
     return dataclasses.field(default_factory=schema)
 
 
+def is_section(kind: Any) -> TypeGuard[type]:
+    """Whether a field of this type holds settings of its own."""
+    return dataclasses.is_dataclass(kind)
+
+
 def declared(schema: type, prefix: str = "") -> dict[str, Setting]:
     """{"section.name": declaration} of every setting of a dataclass, sections within sections included."""
-    settings = {}
+    settings: dict[str, Setting] = {}
     for item in dataclasses.fields(schema):
         key = prefix + item.name
-        if dataclasses.is_dataclass(item.type):
+        if is_section(item.type):
             settings |= declared(item.type, f"{key}.")
         else:
-            default = item.default if item.default is not dataclasses.MISSING else item.default_factory()
+            default = item.default_factory() if callable(item.default_factory) else item.default
             settings[key] = Setting(key, item.type, default, **item.metadata)
     return settings
 

@@ -6,13 +6,13 @@ import functools
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_scalebio.config.declare import Setting
+from megatron_scalebio.config.declare import Setting, is_section
 from megatron_scalebio.config.errors import UserError
 from megatron_scalebio.config.settings import PRESETS, SETTINGS, SOURCE_SETTINGS, Config
 from megatron_scalebio.config.unknown import NO_SPACE, glued, unknown, unknown_of_source
@@ -40,7 +40,7 @@ def load_config(path: str | None, overrides: list[str]) -> Config:
         _apply(tree, setting, problems)
     if problems:
         raise UserError("\n".join(problems))
-    return completed(OmegaConf.to_object(tree))
+    return completed(cast(Config, OmegaConf.to_object(tree)))
 
 
 def completed(config: Config) -> Config:
@@ -51,12 +51,11 @@ def completed(config: Config) -> Config:
     if problem := SETTINGS["bilevel.preset"].problem(config.bilevel.preset):
         raise UserError(problem)
     flat = flatten(config)
-    filled = {key: value for key, value in PRESETS[config.bilevel.preset].items() if flat[key] is None}
+    usual = PRESETS[config.bilevel.preset] | {"data.tokenizer": config.model.hf_path or "bytes"}
+    filled = {key: value for key, value in usual.items() if flat[key] is None}
     config = changed(config, filled | {"run.output_dir": str(Path(config.run.output_dir).absolute())})
     if isinstance(config.bilevel.weights, str):
         config.bilevel.weights = _read_weights(config.bilevel.weights)
-    if config.data.tokenizer is None:
-        config.data.tokenizer = config.model.hf_path or "bytes"
     return config
 
 
@@ -143,11 +142,11 @@ def _override_settings(override: str, problems: list[str]) -> list[_Given]:
         problems.append(f"{where}: expected section.key=value, got {override!r}")
         return []
     try:
-        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=True)["value"]
+        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         problems.append(f"{where}: {override!r}: {_yaml_problem(error)}")
         return []
-    tree: Any = value
+    tree: Any = cast(dict[str, Any], parsed)["value"]
     for part in reversed(key.split(".")):
         tree = {part: tree}
     if found := glued(tree):
@@ -157,7 +156,7 @@ def _override_settings(override: str, problems: list[str]) -> list[_Given]:
     return [setting._replace(value=_absolute(setting, Path.cwd())) for setting in settings]
 
 
-def _leaves(tree: dict[str, Any], schema: type, prefix: str, where: str, problems: list[str]) -> list[_Given]:
+def _leaves(tree: dict[Any, Any], schema: type, prefix: str, where: str, problems: list[str]) -> list[_Given]:
     """Flattens `tree` along the schema, noting every unknown key and every section that is not one."""
     kinds = {item.name: item.type for item in dataclasses.fields(schema)}
     settings: list[_Given] = []
@@ -165,7 +164,7 @@ def _leaves(tree: dict[str, Any], schema: type, prefix: str, where: str, problem
         key, kind = f"{prefix}{name}", kinds.get(name)
         if kind is None:
             problems += [f"{where}: {message}" for message in unknown(key, value)]
-        elif dataclasses.is_dataclass(kind):
+        elif is_section(kind):
             if isinstance(value, dict):
                 settings += _leaves(value, kind, f"{key}.", where, problems)
             else:

@@ -7,7 +7,7 @@ Precedence: defaults < preset < file < command line. A field whose default is No
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_scalebio.config.declare import NOT_NEGATIVE, POSITIVE, Range, at_least, declared, section, setting
+from megatron_scalebio.config.declare import NOT_NEGATIVE, POSITIVE, Filled, Range, at_least, declared, section, setting
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {
@@ -48,11 +48,11 @@ class ShapeConfig:
     ffn_hidden_size: int = setting(384, "numbers per token inside an MLP", at_least(1))
     num_attention_heads: int = setting(4, "heads of the queries", at_least(1))
     num_query_groups: int = setting(2, "heads of the keys and of the values", at_least(1))
-    vocab_size: int | None = setting(None, "null: the tokenizer's", at_least(1))
+    vocab_size: Filled[int] = setting(None, "null: the tokenizer's", at_least(1))
     rope_base: float = setting(1_000_000.0, "of the rotary embeddings' wavelengths", POSITIVE)
     norm_epsilon: float = setting(1e-6, "is added to the mean square that an RMSNorm divides by", POSITIVE)
     tied_embeddings: bool = setting(False, "the embedding is the head, too")
-    head_size: int | None = setting(None, "null: hidden_size / num_attention_heads", at_least(1))
+    head_size: Filled[int] = setting(None, "null: hidden_size / num_attention_heads", at_least(1))
     rope_scaling: Any = setting(
         None, "Llama-3.1's: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings; null: none"
     )
@@ -91,7 +91,7 @@ class SourceConfig:
 class DataConfig:
     """What the model is trained on, and how it is read."""
 
-    tokenizer: str | None = setting(
+    tokenizer: Filled[str] = setting(
         None,
         'a Hugging Face folder, a SentencePiece .model, or "bytes"; null: model.hf_path\'s, else bytes',
         path=True,
@@ -116,7 +116,7 @@ class DataConfig:
     )
     packing: bool = setting(True, "several examples in one row, none of which sees another")
     micro_batch_size: int = setting(1, "rows of max_length positions", at_least(1))
-    sampling: str | None = setting(
+    sampling: Filled[str] = setting(
         None,
         "stratified: equal shares of the sources in every batch; natural: in proportion to their records",
         choices=("stratified", "natural"),
@@ -134,10 +134,10 @@ class BilevelConfig:
     )
     steps: int = setting(200, "training steps", at_least(1))
     global_batch_size: int = setting(128, "training examples per step", at_least(1))
-    validation_batch_size: int | None = setting(
+    validation_batch_size: Filled[int] = setting(
         None, "validation examples per step; null: global_batch_size", at_least(1)
     )
-    penalty_alpha: float | None = setting(
+    penalty_alpha: Filled[float] = setting(
         None, "how much the training losses count beside the validation loss", POSITIVE
     )
     penalty_growth: float = setting(1.0, "penalty_alpha *= penalty_growth after each step", POSITIVE)
@@ -147,10 +147,10 @@ class BilevelConfig:
         choices=("example", "token"),
     )
     validation_loss_unit: str = setting("token", "as train_loss_unit", choices=("token", "example"))
-    logits_optimizer: str | None = setting(None, "what moves the logits of the weights: see source_weights.py")
-    logits_lr: float | None = setting(None, "its learning rate", NOT_NEGATIVE)
-    logits_schedule: str | None = setting(None, "of logits_lr", choices=("constant", "cosine"))
-    logits_weight_decay: float | None = setting(None, "adamw only", NOT_NEGATIVE)
+    logits_optimizer: Filled[str] = setting(None, "what moves the logits of the weights: see source_weights.py")
+    logits_lr: Filled[float] = setting(None, "its learning rate", NOT_NEGATIVE)
+    logits_schedule: Filled[str] = setting(None, "of logits_lr", choices=("constant", "cosine"))
+    logits_weight_decay: Filled[float] = setting(None, "adamw only", NOT_NEGATIVE)
     weights: Any = setting(
         None, "start: a weights.json or a mapping {name: weight}; null: prior, else uniform", path=True
     )
@@ -167,7 +167,7 @@ class LisaConfig:
     enabled: bool = setting(True, "false: every layer trains in every step")
     num_active_layers: int = setting(2, "decoder layers that train at a time (gamma)", at_least(1))
     period: int = setting(20, "steps between draws", at_least(1))
-    pairing: str | None = setting(
+    pairing: Filled[str] = setting(
         None,
         "shared: one stratified draw for both models; independent: one for each",
         choices=("shared", "independent"),
@@ -184,7 +184,7 @@ class OptimizerConfig:
     """AdamW of both models."""
 
     lr: float = setting(2.0e-6, "both models", NOT_NEGATIVE)
-    lr_lower: float | None = setting(None, "null: lr", NOT_NEGATIVE)
+    lr_lower: Filled[float] = setting(None, "null: lr", NOT_NEGATIVE)
     weight_decay: float = setting(5.0e-4, "matrices only: norms and biases are never decayed", NOT_NEGATIVE)
     clip_grad: float | None = setting(
         1.0, "global norm of each model at clip_grad * penalty_alpha; null: no clip", POSITIVE
@@ -225,7 +225,7 @@ class ParallelConfig:
     tensor: int = setting(1, "ranks that share each layer", at_least(1))
     pipeline: int = setting(1, "stages of layers", at_least(1))
     virtual_pipeline: int | None = setting(None, "virtual stages per stage; refused: not supported")
-    layers_per_stage: list[int] | None = setting(None, "decoder layers of each pipeline stage; null: equal numbers")
+    layers_per_stage: Filled[list[int]] = setting(None, "decoder layers of each pipeline stage; null: equal numbers")
     sequence: bool = setting(False, "norms and residuals are cut along the sequence over the tensor ranks, too")
     recompute: str = setting(
         "none",
@@ -246,7 +246,7 @@ class RunConfig:
     resume: str = setting("never", "auto: continue from the newest checkpoint in output_dir", choices=("never", "auto"))
     device: str = setting("auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"))
     export: bool = setting(True, "the upper model as a Hugging Face checkpoint in output_dir/hf, at the end")
-    export_dtype: str | None = setting(
+    export_dtype: Filled[str] = setting(
         None, "null: as precision.compute (bf16 under fp8, fp32 under fp64)", choices=(None, "bf16", "fp32")
     )
     export_shard_gb: float = setting(5.0, "largest file of the export, in 10^9 bytes", POSITIVE)

@@ -72,6 +72,7 @@ def load_dataset(config: Config, tokenizer: Tokenizer | None = None) -> Dataset:
     files = [(f"data.sources[{i}].path ({source.name})", source.path) for i, source in enumerate(data.sources)]
     source_names = [source.name for source in data.sources]
     if config.bilevel.mode == "bilevel":
+        assert data.validation is not None  # `rules.check_config`
         files.append(("data.validation", data.validation))
     if data.test is not None:
         files.append(("data.test", data.test))

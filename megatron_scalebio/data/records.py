@@ -123,7 +123,9 @@ def _array_values(data: bytes) -> Iterator[tuple[int, Any]]:
         return
 
     def skip_space(start: int) -> int:
-        return _SPACE.match(text, start).end()
+        space = _SPACE.match(text, start)
+        assert space is not None  # it may be empty
+        return space.end()
 
     index = skip_space(skip_space(0) + 1)  # behind the opening bracket
     if text[index : index + 1] == "]" and skip_space(index + 1) == len(text):

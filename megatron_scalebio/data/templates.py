@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from jinja2 import TemplateSyntaxError
 
@@ -44,12 +45,14 @@ def choose_template(name: str, tokenizer: Tokenizer) -> Template:
     Raises:
         UserError: there is no such template, or its file cannot be read.
     """
-    if name == "plain" or (name == "auto" and tokenizer.chat_template is None):
+    if name == "auto":
+        if tokenizer.chat_template is None:
+            return plain_segments
+        return JinjaTemplate("the tokenizer's chat template", tokenizer.chat_template, tokenizer)
+    if name == "plain":
         return plain_segments
     if name == "alpaca":
         return alpaca_segments
-    if name == "auto":
-        return JinjaTemplate("the tokenizer's chat template", tokenizer.chat_template, tokenizer)
     if not name.endswith(".jinja"):
         raise UserError(f"data.template={name}: must be auto, plain, alpaca or the path of a .jinja file")
     if not os.path.isfile(name):
@@ -111,7 +114,7 @@ class JinjaTemplate:
 
     def __init__(self, name: str, source: str, tokenizer: Tokenizer) -> None:
         self._name, self._source = name, source
-        self._variables = {"date_string": _DATE, **tokenizer.template_variables}
+        self._variables: dict[str, Any] = {"date_string": _DATE, **tokenizer.template_variables}
         self._control: re.Pattern[str] = special_pattern(tokenizer)
         begin, end = self._variables.get("bos_token"), self._variables.get("eos_token")
         # Where the tokenizer itself never puts it, bos_token may be the mark of a turn, as SmolLM2's <|im_start|>.

@@ -2,7 +2,7 @@
 
 import os
 import re
-from typing import Protocol
+from typing import Any, Protocol
 
 from megatron_scalebio.config import UserError
 
@@ -41,11 +41,11 @@ class BytesTokenizer:
 
     vocab_size = 258
     end_id = 256
-    begin_id = None
+    begin_id: int | None = None
     pad_id = 257
     special_tokens = {"<|endoftext|>": 256}
     template_variables = {"eos_token": "<|endoftext|>"}
-    chat_template = None
+    chat_template: str | None = None
 
     def encode(self, texts: list[str], parse_special: bool = False) -> list[list[int]]:
         if not parse_special:
@@ -63,7 +63,7 @@ class SentencePieceTokenizer:
         UserError: the file cannot be read as a model, or has no end-of-text piece.
     """
 
-    chat_template = None
+    chat_template: str | None = None
 
     def __init__(self, path: str) -> None:
         from sentencepiece import SentencePieceProcessor  # only where such a tokenizer is asked for
@@ -100,7 +100,8 @@ class HuggingFaceTokenizer:
         from transformers import AutoTokenizer  # takes seconds to import: only where such a tokenizer is asked for
 
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            # None of the types that it may return declares all that is asked for below.
+            tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # each tokenizer class raises its own kinds for a damaged folder
             reason = str(error).strip().split("\n")[0]
             model = os.path.join(folder, "tokenizer.model")
@@ -109,7 +110,7 @@ class HuggingFaceTokenizer:
                 f"data.tokenizer={folder}: transformers cannot read a tokenizer from this folder: "
                 f"{type(error).__name__}: {reason}{advice}"
             ) from error
-        tokenizer = self._tokenizer
+        self._tokenizer = tokenizer
         if tokenizer.eos_token_id is None:
             raise UserError(f"data.tokenizer={folder}: no end-of-text token: set eos_token in tokenizer_config.json")
         self.vocab_size = 1 + max(tokenizer.get_vocab().values())  # not len(): ids may have holes

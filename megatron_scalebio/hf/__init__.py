@@ -27,4 +27,5 @@ def check_checkpoint(model: ModelConfig) -> None:
 
     Raises: UserError for files that are absent, damaged or not to be read, and tensors missing, surplus or misshapen.
     """
+    assert model.hf_path is not None
     check_names(Checkpoint(model.hf_path), model)

@@ -24,6 +24,7 @@ def adopt_checkpoint(config: Config, given: dict[str, Any]) -> None:
 
     Raises: UserError for a config.json that is absent or not supported, or that given settings contradict.
     """
+    assert config.model.hf_path is not None
     folder = Path(config.model.hf_path)
     family, shape = read_shape(folder)
     adopted = {"model.family": family}

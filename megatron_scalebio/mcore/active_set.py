@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import Parameter as Weights
+from torch.utils.hooks import RemovableHandle
 
 from megatron_scalebio.active_layers import Role
 from megatron_scalebio.anatomy.storage import Region
@@ -18,6 +18,7 @@ from megatron_scalebio.config import Config
 from megatron_scalebio.kernels.adamw import adamw_update
 from megatron_scalebio.kernels.moments import Moment
 from megatron_scalebio.kernels.sum_of_squares import sum_of_squares
+from megatron_scalebio.mcore.parameters import Weights
 from megatron_scalebio.mcore.process_groups import ProcessGroups
 from megatron_scalebio.mcore.weight_store import Block, WeightStore, data_parallel_shard, gather_weights
 
@@ -45,7 +46,7 @@ class ActiveBlock:
     @property
     def has_own_master(self) -> bool:
         """Whether the master is more than the weights themselves."""
-        return self.master.dtype != self.block.weights.dtype
+        return self.master.dtype != self.block.flat.dtype
 
     def num_bytes(self) -> int:
         """Bytes of gradient, moments and, where it is not the weights themselves, master."""
@@ -61,7 +62,7 @@ class ActiveSet:
         self.sequence_parallel, self.tied = config.parallel.sequence, config.model.shape.tied_embeddings
         self.blocks: dict[str, ActiveBlock] = {}
         self.norm: Tensor | None = None  # of the gradient at hand, before the clip
-        self._hooks: dict[str, list] = {}
+        self._hooks: dict[str, list[RemovableHandle]] = {}
 
     def redraw(self, names: list[str]) -> None:
         """Make exactly the named blocks active, of those that this stage holds."""
@@ -114,15 +115,18 @@ class ActiveSet:
 
     def step(self, lr: float, max_norm: float | None) -> Tensor:
         """Clip to `max_norm`, update the active blocks; returns the norm before the clip. Needs `reduce_gradients`."""
-        unclipped = torch.ones_like(self.norm)
-        scale = unclipped if max_norm is None else (max_norm / (self.norm + 1e-6)).clamp(max=1.0)
+        norm = self.norm
+        assert norm is not None
+        unclipped = torch.ones_like(norm)
+        scale = unclipped if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for active in self.blocks.values():
             self._update(active, lr, scale)
-        return self.norm
+        return norm
 
     def _update(self, active: ActiveBlock, lr: float, scale: Tensor) -> None:
         active.num_updates += 1
-        weights, gradient = active.block.weights[active.shard], active.gradient[active.shard]
+        weights, gradient = active.block.flat[active.shard], active.gradient[active.shard]
+        beta1, beta2 = self.optimizer.betas
         adamw_update(
             weights if active.has_own_master else active.master,
             active.master,
@@ -132,24 +136,24 @@ class ActiveSet:
             num_decayed=min(max(active.block.num_decayed - active.shard.start, 0), len(gradient)),
             step=active.num_updates,
             lr=lr,
-            betas=tuple(self.optimizer.betas),
+            betas=(beta1, beta2),
             eps=self.optimizer.eps,
             weight_decay=self.optimizer.weight_decay,
             gradient_scale=scale.to(gradient.dtype),
             first_index=active.shard.start,
         )
-        gather_weights(active.block.weights, active.shard, self.groups)
+        gather_weights(active.block.flat, active.shard, self.groups)
 
     def _thaw(self, name: str) -> None:
         dtype = self.store.blocks[self.role][name].parameters[0].tensor.dtype
         master_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         block, master = self.store.thaw(self.role, name, master_dtype)
         gradient = torch.zeros(block.numel, dtype=master_dtype, device=master.device)
-        moments = [
-            Moment.zeros(len(master), self.optimizer.moments, master_dtype, master.device) for _ in ("first", "second")
-        ]
+        exp_avg, exp_avg_sq = (
+            Moment.zeros(len(master), self.optimizer.moments, master_dtype, master.device) for _ in range(2)
+        )
         shard = data_parallel_shard(block.numel, self.groups)
-        self.blocks[name] = ActiveBlock(block, shard, gradient, master, *moments)
+        self.blocks[name] = ActiveBlock(block, shard, gradient, master, exp_avg, exp_avg_sq)
         views = block.views(gradient)
         for parameter, view in zip(block.parameters, views, strict=True):
             parameter.tensor.main_grad = view

@@ -56,7 +56,7 @@ class CoreAttention(torch.nn.Module):
         softmax_scale: float | None,
         row_length: int,
         softcap: float | None,
-        **_,
+        **_: Any,
     ):
         super().__init__()
         self.scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
@@ -74,11 +74,11 @@ class CoreAttention(torch.nn.Module):
         """What `attend` takes as `prepared`; `window` is that of the layers that have one."""
         raise NotImplementedError
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, prepared: Any) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, prepared: Any, /) -> Tensor:
         """query [T, h, d], key and value [T, g, d] -> [T, h, d]."""
         raise NotImplementedError
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **_) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **_: Any) -> Tensor:
         """query [T, 1, h, d], key and value [T, 1, g, d] -> [T, 1, h * d]."""
         context = self.attend(query.squeeze(1), key.squeeze(1), value.squeeze(1), attention_mask)
         return context.reshape(len(query), 1, -1)
@@ -116,7 +116,9 @@ class FlashAttention(_PackedAttention):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, ends: Tensor) -> Tensor:
         longest = self.row_length  # an upper bound known on the host: no synchronisation
         capped = {} if self.softcap is None else {"softcap": self.softcap}
-        return _flash_attn_function()(
+        function = _flash_attn_function()
+        assert function is not None
+        return function(
             *(query, key, value, ends, ends, longest, longest),
             dropout_p=0.0,
             softmax_scale=self.scale,
@@ -131,13 +133,15 @@ class VarlenAttention(_PackedAttention):
 
     name = "torch varlen_attn"
 
-    def __init__(self, *args, **keywords):
+    def __init__(self, *args: Any, **keywords: Any):
         super().__init__(*args, **keywords)
         from torch.nn.attention.varlen import varlen_attn
 
         # From torch 2.12 on fewer key than query heads must be allowed explicitly; before, they simply may be fewer.
         grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-        self.attention = partial(varlen_attn, scale=self.scale, window_size=self.window_size, **grouped)
+        self.attention: Callable[..., Any] = partial(
+            varlen_attn, scale=self.scale, window_size=self.window_size, **grouped
+        )
 
     @staticmethod
     def prevented(needs: Needs) -> str | None:
@@ -230,6 +234,7 @@ class SoftcapAttention(SdpaAttention):
 
     def attend_rows(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
         wide = torch.promote_types(query.dtype, torch.float32)
+        assert self.softcap is not None
         group = query.shape[1] // key.shape[1]  # query heads r * group .. share the key and value head r
         rows = zip(query.to(wide), key.to(wide), value.to(wide), mask, strict=True)
         context = []
@@ -251,7 +256,7 @@ def example_numbers(micro_batch: MicroBatch) -> Tensor:
 def flex_mask(examples: Tensor, window: int | None) -> Callable[..., Tensor]:
     """flex_attention's mask function: whether query q sees key k."""
 
-    def seen(row, head, q, k):
+    def seen(row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         causal = (examples[row, q] == examples[row, k]) & (k <= q)
         return causal if window is None else causal & (q - k < window)
 
@@ -262,7 +267,7 @@ def flex_mask(examples: Tensor, window: int | None) -> Callable[..., Tensor]:
 def flex_softcap(softcap: float) -> Callable[..., Tensor]:
     """flex_attention's score function."""
 
-    def capped(score, row, head, q, k):
+    def capped(score: Tensor, row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return softcap * torch.tanh(score / softcap)
 
     return capped

@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import math
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -23,10 +24,28 @@ COMPUTE_DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bf
 
 def decoder_config(config: Config, device: torch.device) -> DecoderConfig:
     """The decoder layers' settings: RMSNorm, gated MLP, grouped queries, no dropout, and what the family adds."""
-    shape, parallel, family = config.model.shape, config.parallel, FAMILIES[config.model.family]
-    precision, dtype = config.precision, COMPUTE_DTYPES[config.precision.compute]
-    scalar, window = shape.query_pre_attn_scalar, shape.sliding_window
+    shape, precision, family = config.model.shape, config.precision, FAMILIES[config.model.family]
     return DecoderConfig(
+        **_settings_of_megatron(config, device),
+        core_attention=choose_attention(config.model, device, COMPUTE_DTYPES[precision.compute]).backend,
+        row_length=config.data.max_length,
+        activation=family.activation,
+        sliding_window=shape.sliding_window,
+        attention_softcap=shape.attention_softcap,
+        final_softcap=shape.final_softcap,
+        post_norms=family.post_norms,
+        vocab_size=shape.vocab_size,
+        recompute=config.parallel.recompute,
+        rounds_frozen_inputs=precision.frozen_inputs == "fp8",
+        active_fp8_recipe=precision.fp8_recipe if precision.compute == "fp8" else None,
+    )
+
+
+def _settings_of_megatron(config: Config, device: torch.device) -> dict[str, Any]:
+    """Those of `DecoderConfig` that are Megatron-Core's own."""
+    shape, parallel, family = config.model.shape, config.parallel, FAMILIES[config.model.family]
+    scalar, window, dtype = shape.query_pre_attn_scalar, shape.sliding_window, COMPUTE_DTYPES[config.precision.compute]
+    return dict(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         ffn_hidden_size=shape.ffn_hidden_size,
@@ -65,17 +84,6 @@ def decoder_config(config: Config, device: torch.device) -> DecoderConfig:
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
-        core_attention=choose_attention(config.model, device, dtype).backend,
-        row_length=config.data.max_length,
-        activation=family.activation,
-        sliding_window=window,
-        attention_softcap=shape.attention_softcap,
-        final_softcap=shape.final_softcap,
-        post_norms=family.post_norms,
-        vocab_size=shape.vocab_size,
-        recompute=parallel.recompute,
-        rounds_frozen_inputs=config.precision.frozen_inputs == "fp8",
-        active_fp8_recipe=precision.fp8_recipe if precision.compute == "fp8" else None,
     )
 
 
@@ -131,11 +139,11 @@ def _gpt_model(core: DecoderConfig, groups: ProcessGroups, shape: ShapeConfig, t
 class _WithoutMemory(TorchFunctionMode):
     """What `torch.empty` makes has its shape, and the memory of one number."""
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is not torch.empty:
-            return function(*args, **(kwargs or {}))
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is not torch.empty:
+            return func(*args, **(kwargs or {}))
         size = args[0] if len(args) == 1 and not isinstance(args[0], int) else args
-        return torch.empty((), **kwargs).expand(size)
+        return torch.empty((), **(kwargs or {})).expand(size)
 
 
 def _scale_embedding(model: GPTModel, factor: float) -> None:

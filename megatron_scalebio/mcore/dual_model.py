@@ -6,8 +6,9 @@ each model's gradient in the order of separate flushes, so that one flush and th
 gradient is complete while two thirds of the flush still run.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -53,23 +54,26 @@ class DualModel(torch.nn.Module):
         upper = models[Role.UPPER]
         self.config, self.model_type = upper.config, upper.model_type
         self.groups, self.device, self.te = groups, device, te
-        self._input_tensor = None
+        self._input_tensor: list[Tensor | None] = []
         # Whether a stage before this one holds anything of the model that trains.
         self._trains_below = dict.fromkeys(models, not groups.is_first_stage)
 
+    def model(self, role: Role) -> GPTModel:
+        return self.models[role.value]
+
     def redraw(self, role: Role, active_layers: list[int], embedding: bool) -> None:
         """Tell which decoder layers of a whole model train, counted from 0, and whether its embedding does."""
-        first_layer = self.models[role.value].decoder.layers[0].layer_number - 1
+        first_layer = self.model(role).decoder.layers[0].layer_number - 1
         lowest = 0 if embedding else min(active_layers)
         self._trains_below[role] = lowest < first_layer
 
-    def set_input_tensor(self, input_tensor: list[Tensor]) -> None:
+    def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
         self._input_tensor = input_tensor
 
     def forward(self, task: Task) -> Tensor | tuple[Tensor, Tensor]:
         """Hidden states [T, 1, H] for the next stage ([T / TP, 1, H] under sequence parallelism); on the last stage
         the loss and the raw token losses [N]."""
-        model, micro_batch = self.models[task.role.value], task.micro_batch
+        model, micro_batch = self.model(task.role), task.micro_batch
         model.set_input_tensor(self._stage_input(task.role))
         attention, window = self.config.core_attention, self.config.sliding_window
         return model(
@@ -93,7 +97,9 @@ class DualModel(torch.nn.Module):
         received.grad = torch.zeros_like(received)
         return [received.detach()]
 
-    def _loss(self, *, hidden_states, output_layer, output_weight, context: Task, **_) -> tuple[Tensor, Tensor]:
+    def _loss(
+        self, *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, context: Task, **_: Any
+    ) -> tuple[Tensor, Tensor]:
         """GPTModel's output hook: hidden states and head weight to the weighted loss, only where a token counts."""
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden_states, group=self.groups.tensor)
@@ -142,7 +148,7 @@ def run_flush(chunk: DualModel, passes: list[Pass], forward_only: bool = False) 
         sums[task.pass_index] += sums_by_id(token_losses, mean_coef, sources, len(sums[task.pass_index]))
         return loss, torch.zeros((), dtype=torch.int, device=device), None
 
-    def forward_step(iterator: Iterator[Task], model: DualModel):
+    def forward_step(iterator: Iterator[Task], model: DualModel) -> tuple[Any, Callable[..., Any]]:
         task = next(iterator)
         return model(task), lambda output: collect(task, output)
 
@@ -171,7 +177,7 @@ def _to_device(task: Task, device: torch.device, compute_dtype: torch.dtype) -> 
         return tensor.to(device, non_blocking=True)
 
     part = task.micro_batch
-    tensors = {name: move(value) for name, value in vars(part).items() if isinstance(value, Tensor)}
+    tensors: dict[str, Any] = {name: move(value) for name, value in vars(part).items() if isinstance(value, Tensor)}
     micro_batch = MicroBatch(**{**vars(part), **tensors})
     coefs = TokenCoefs(move(task.coefs.mean_coef), move(task.coefs.loss_coef.to(loss_dtype)))
     return Task(task.pass_index, task.role, micro_batch, coefs)

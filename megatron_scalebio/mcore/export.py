@@ -72,7 +72,7 @@ def _together(action: Callable[[], Any]) -> list[Any]:
         outcome = action(), None
     except FAILURES as error:
         outcome = None, str(error)
-    outcomes: list = [None] * dist.get_world_size()
+    outcomes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(outcomes, outcome)
     for rank, (_, failure) in enumerate(outcomes):
         if failure is not None:

@@ -5,31 +5,34 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from megatron_scalebio.active_layers import Role
 from megatron_scalebio.device import CPU
+
+Key = tuple[Role, str]  # the model, and the block's name
 
 
 class HostMasters:
-    """Tensors by key. A copy to the host runs on a stream of its own: training goes on while it does."""
+    """Tensors by model and block. A copy to the host runs on a stream of its own: training goes on while it does."""
 
     def __init__(self, device: torch.device):
         self.device = device
-        self._tensors: dict[tuple[str, str], Tensor] = {}
-        self._arrived: dict[tuple[str, str], torch.cuda.Event] = {}
+        self._tensors: dict[Key, Tensor] = {}
+        self._arrived: dict[Key, torch.Event] = {}
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def __contains__(self, key: tuple[str, str]) -> bool:
+    def __contains__(self, key: Key) -> bool:
         return key in self._tensors
 
-    def __iter__(self) -> Iterator[tuple[str, str]]:
+    def __iter__(self) -> Iterator[Key]:
         return iter(self._tensors)
 
-    def __getitem__(self, key: tuple[str, str]) -> Tensor:
+    def __getitem__(self, key: Key) -> Tensor:
         """The tensor on the host, once it has arrived."""
         if key in self._arrived:
             self._arrived.pop(key).synchronize()
         return self._tensors[key]
 
-    def put(self, key: tuple[str, str], master: Tensor) -> None:
+    def put(self, key: Key, master: Tensor) -> None:
         """Keep a copy of `master`, which the caller may drop at once but not change before the device gets there."""
         host = torch.empty(master.shape, dtype=master.dtype, device=CPU, pin_memory=self._stream is not None)
         self._tensors[key] = host
@@ -42,7 +45,7 @@ class HostMasters:
             self._arrived[key] = self._stream.record_event()
         master.record_stream(self._stream)  # its memory is not another tensor's before the copy is done
 
-    def take(self, key: tuple[str, str]) -> Tensor | None:
+    def take(self, key: Key) -> Tensor | None:
         """The tensor on the device, in the order of its work, and no longer on the host; None if there is none."""
         if key not in self._tensors:
             return None

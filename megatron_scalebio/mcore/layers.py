@@ -10,6 +10,7 @@ H hidden, F feed-forward of this rank, d head size.
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from torch import Tensor
 from megatron_scalebio.kernels.gated_activation import gated_activation
 from megatron_scalebio.mcore.attention import CoreAttention
 from megatron_scalebio.mcore.linear import ColumnLinear, RowLinear
+from megatron_scalebio.mcore.parameters import Weights
 from megatron_scalebio.mcore.recompute import LAYERS, LastLinear
 
 
@@ -50,11 +52,12 @@ class RMSNorm(torch.nn.RMSNorm):
     A zero-centred one multiplies by 1 + weight, before it rounds to the compute dtype, as transformers' Gemma2RMSNorm.
     """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_):
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
         self.zero_centered = config.layernorm_zero_centered_gamma
-        self.weight.sequence_parallel = config.sequence_parallel
-        self.weight.neutral = 0.0 if self.zero_centered else 1.0  # where initial weights begin
+        weight = cast(Weights, self.weight)
+        weight.sequence_parallel = config.sequence_parallel
+        weight.neutral = 0.0 if self.zero_centered else 1.0  # where initial weights begin
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.zero_centered:
@@ -66,7 +69,7 @@ class RMSNorm(torch.nn.RMSNorm):
 class PostNormLinear(RowLinear):
     """A projection into the residual stream whose output, summed over the ranks, is normed before it is added."""
 
-    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **keywords):
+    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **keywords: Any):
         super().__init__(input_size, output_size, config=config, **keywords)
         self.post_norm = RMSNorm(config, output_size, config.layernorm_epsilon)
 
@@ -80,7 +83,7 @@ class GatedMLP(MLP):
     the activated gate and a copy of up as well: 110,592 of 279,720 bytes per token of a frozen layer of Qwen-2.5-32B.
     """
 
-    def forward(self, hidden_states: Tensor, **_) -> tuple[Tensor, Tensor | None]:
+    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, Tensor | None]:
         """[T, 1, H] -> [T, 1, H], and no bias."""
         x, _ = self.linear_fc1(hidden_states)
         x = gated_activation(x, self.config.activation)  # fc1's output is let go of, where no gradient needs it
@@ -110,7 +113,7 @@ class ExactRotaryEmbedding(RotaryEmbedding):
         torch.nn.Module.__init__(self)
         self.inv_freq = frequencies
 
-    def forward(self, max_seq_len: int, **_) -> Tensor:
+    def forward(self, max_seq_len: int, **_: Any) -> Tensor:
         """Angles [max_seq_len, 1, 1, d], each twice, for the non-interleaved rotation."""
         positions = torch.arange(max_seq_len, dtype=torch.float64, device=self.inv_freq.device)
         angles = torch.outer(positions, self.inv_freq)
@@ -124,6 +127,7 @@ def native_block_spec(config: DecoderConfig) -> TransformerBlockSubmodules:
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
+    assert config.core_attention is not None
     attention.core_attention = partial(
         config.core_attention, row_length=config.row_length, softcap=config.attention_softcap
     )

@@ -14,6 +14,7 @@ S_local is S / TP under sequence parallelism and S without.
 
 from collections.abc import Callable
 from functools import cached_property, partial
+from typing import Any
 
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -25,6 +26,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.nn import Parameter
 
 from megatron_scalebio.kernels.frozen_linear import frozen_linear
 from megatron_scalebio.mcore.te_linear import FP8Product
@@ -34,6 +36,9 @@ Product = Callable[[Tensor], Tensor]  # [S, B, K] -> [S, B, N], of this rank's s
 
 class _Products:
     """Which product a layer computes with."""
+
+    weight: Parameter
+    config: Any  # a DecoderConfig
 
     @cached_property  # made when the layer first trains, and no module of the model's
     def _trained_product(self) -> FP8Product:
@@ -51,7 +56,7 @@ class _Products:
 class ColumnLinear(_Products, ColumnParallelLinear):
     """Computes with the FP8 product of its weight, where there is one."""
 
-    def forward(self, input_: Tensor, *args, **keywords) -> tuple[Tensor, Tensor | None]:
+    def forward(self, input_: Tensor, *args: Any, **keywords: Any) -> tuple[Tensor, Tensor | None]:
         """[S_local, B, K] -> [S, B, N / TP], and the bias if the caller is to add it."""
         product = self.fp8_product()
         if product is None:

@@ -55,8 +55,8 @@ class MemoryTracker(TorchDispatchMode):
         """The peak is what is alive now, until more is."""
         self.peak, self._peak_total = self.live.copy(), self._live_total
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None):
-        result = function(*args, **(kwargs or {}))
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
         for value in tree_iter(result):
             if isinstance(value, Tensor):
                 self._see(value.untyped_storage(), self._part)
@@ -65,7 +65,8 @@ class MemoryTracker(TorchDispatchMode):
     def _see(self, storage: UntypedStorage, part: str | None) -> None:
         if id(storage) not in self._part_of:
             self._part_of[id(storage)] = part
-            weakref.finalize(storage, self._forget, id(storage), _size(storage)).atexit = False
+            forget: Any = weakref.finalize(storage, self._forget, id(storage), _size(storage))
+            forget.atexit = False
             self._count(part, _size(storage))
 
     def _forget(self, key: int, size: int) -> None:

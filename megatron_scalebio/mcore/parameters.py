@@ -3,11 +3,11 @@
 import math
 import zlib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
-from torch.nn import Parameter as Weights
 
 from megatron_scalebio.anatomy import Family, Initial, Parameter
 from megatron_scalebio.anatomy.decoder import EMBEDDING, HEAD, LAYER_PREFIX
@@ -15,6 +15,19 @@ from megatron_scalebio.anatomy.storage import Counting, Item
 from megatron_scalebio.anatomy.tensors import shard
 from megatron_scalebio.config import ShapeConfig
 from megatron_scalebio.mcore.process_groups import ProcessGroups
+
+if TYPE_CHECKING:
+    from megatron_scalebio.kernels.fp8 import BlockScaled
+
+    class Weights(torch.nn.Parameter):
+        """torch's, and what is put on it: by Megatron-Core's layers, by ours, and while it trains or is quantized."""
+
+        sequence_parallel: bool
+        neutral: float  # where an initial weight of a norm begins
+        main_grad: Tensor
+        quantized: BlockScaled | None
+else:
+    from torch.nn import Parameter as Weights
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """What of both models a checkpoint holds, and how it comes back (`checkpoint.Checkpointable`)."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -17,10 +19,10 @@ class Persistence:
     def __init__(self, store: WeightStore, active_sets: dict[Role, ActiveSet], groups: ProcessGroups):
         self.store, self.active_sets, self.groups = store, active_sets, groups
 
-    def state(self) -> dict:
+    def state(self) -> dict[str, Any]:
         """What a checkpoint must know before tensors are loaded: which blocks are still shared, which have a master on
         the host, and Adam's counts. Of all stages, equal on every rank; every rank must call it."""
-        stages: list = [None] * self.groups.num_stages
+        stages: list[Any] = [None] * self.groups.num_stages
         dist.all_gather_object(stages, self._stage_state(), group=self.groups.pipeline)
         return {
             "shared": [name for stage in stages for name in stage["shared"]],
@@ -31,7 +33,7 @@ class Persistence:
             },
         }
 
-    def _stage_state(self) -> dict:
+    def _stage_state(self) -> dict[str, Any]:
         return {
             "shared": [name for name in self.store.blocks[Role.UPPER] if self.store.is_shared(name)],
             "host_masters": [[role.value, name] for role, name in self.store.masters],
@@ -73,7 +75,7 @@ class Persistence:
             for key, tensor in tensors.items()
         }
 
-    def prepare_to_load(self, state: dict) -> None:
+    def prepare_to_load(self, state: dict[str, Any]) -> None:
         """Bring blocks and optimizer state into the shape that a checkpoint's `state` describes."""
         for role, blocks in self.store.blocks.items():
             for name, block in blocks.items():
@@ -95,5 +97,7 @@ class Persistence:
                     self.store.restore(role, name)
                 elif block.weights is not None and not (role is Role.UPPER and self.store.is_shared(name)):
                     shard = data_parallel_shard(block.numel, self.groups)
-                    block.weights[shard] = self.exact(role, name)
+                    exact = self.exact(role, name)
+                    assert exact is not None
+                    block.weights[shard] = exact
                     gather_weights(block.weights, shard, self.groups)

@@ -14,6 +14,7 @@ Shapes: T tokens of a micro-batch (T / TP under sequence parallelism), H hidden,
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -37,7 +38,7 @@ class _RecomputedLayer(TransformerLayer):
 class FullyRecomputedLayer(_RecomputedLayer):
     """A decoder layer that keeps its input."""
 
-    def forward(self, hidden_states: Tensor, **keywords) -> tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor, **keywords: Any) -> tuple[Tensor, None]:
         """[T, 1, H] -> [T, 1, H], and no context."""
         if not torch.is_grad_enabled():
             return super().forward(hidden_states, **keywords)
@@ -47,7 +48,7 @@ class FullyRecomputedLayer(_RecomputedLayer):
 class SelectivelyRecomputedLayer(_RecomputedLayer):
     """A decoder layer that keeps what its attention needs, and what enters the MLP's norm."""
 
-    def _forward_mlp(self, hidden_states: Tensor, *arguments, **keywords) -> Tensor:
+    def _forward_mlp(self, hidden_states: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
         """[T, 1, H] -> [T, 1, H]: norm, MLP, and the addition to the residual stream."""
         if not torch.is_grad_enabled():
             return super()._forward_mlp(hidden_states, *arguments, **keywords)

@@ -23,7 +23,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_scalebio.active_layers import Role, draw_active_layers
 from megatron_scalebio.bilevel import Pass
-from megatron_scalebio.config import Config
+from megatron_scalebio.config import Config, ModelConfig
 from megatron_scalebio.data.batch import MicroBatch
 from megatron_scalebio.device import CPU, rehearsal
 from megatron_scalebio.kernels import head_loss
@@ -121,7 +121,7 @@ def paths_of_cuda() -> Iterator[None]:
     operation of torch that is a kernel on CUDA and a composition of others, which keep more, on the CPU.
     """
 
-    def choose(model_config, device, dtype) -> AttentionChoice:
+    def choose(model_config: ModelConfig, device: torch.device, dtype: torch.dtype) -> AttentionChoice:
         choice = choose_attention(model_config, torch.device("cuda"), dtype)
         return choice._replace(backend=VarlenAttention) if choice.backend in (FlashAttention, FlexAttention) else choice
 
@@ -134,13 +134,13 @@ class _RMSNormOfCuda(torch.autograd.Function):
     """The memory of `_fused_rms_norm`: input, weight and one number per row are kept."""
 
     @staticmethod
-    def forward(ctx, x, normalized_shape, weight, eps):
+    def forward(ctx: Any, x: Tensor, normalized_shape: tuple[int, ...], weight: Tensor, eps: float) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         ctx.save_for_backward(x, weight, x.new_empty(*x.shape[: -len(normalized_shape)], 1, dtype=wide))
         return torch.empty_like(x)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, _ = ctx.saved_tensors
         for_x, _, for_weight, _ = ctx.needs_input_grad
         return torch.empty_like(x) if for_x else None, None, torch.empty_like(weight) if for_weight else None, None
@@ -195,7 +195,7 @@ def _count_static_parts(models: MegatronModels, tracker: MemoryTracker) -> None:
     moments = [moment for active in actives for moment in (active.exp_avg, active.exp_avg_sq)]
     tracker.assign(None, models.store.masters.values())
     tracker.assign("frozen weights", [tensor for block in blocks for tensor in _weights(block)])
-    tracker.assign("active weights", [active.block.weights for active in actives])
+    tracker.assign("active weights", [active.block.flat for active in actives])
     tracker.assign("gradients", [active.gradient for active in actives])
     tracker.assign("masters", [active.master for active in actives if active.has_own_master])
     tracker.assign("moments", [tensor for moment in moments for tensor in moment.tensors().values()])
@@ -203,7 +203,7 @@ def _count_static_parts(models: MegatronModels, tracker: MemoryTracker) -> None:
 
 def _weights(block: Block) -> list[Tensor]:
     if block.quantized is None:
-        return [block.weights]
+        return [block.flat]
     matrices = block.quantized.matrices
     return [block.quantized.vectors, *(tensor for matrix in matrices for tensor in (matrix.data, matrix.scale))]
 
@@ -212,8 +212,8 @@ def _weights(block: Block) -> list[Tensor]:
 def _counting_loss_buffers(tracker: MemoryTracker) -> Iterator[None]:
     """What the head and its loss make counts as loss buffers."""
 
-    def counted(function: Callable) -> staticmethod:
-        def call(*args):
+    def counted(function: Callable[..., Any]) -> Any:
+        def call(*args: Any) -> Any:
             with tracker.counting_as(LOSS_BUFFERS):
                 return function(*args)
 

@@ -23,7 +23,7 @@ class ScheduleSpans:
     def __init__(self, roles: Iterable[Role]):
         roles = list(roles)
         self._forward, self._backward = iter(roles), iter(roles)
-        self._open: list[AbstractContextManager] = []
+        self._open: list[AbstractContextManager[object]] = []
 
     def __call__(self, name: str, log_level: int | None = None) -> "_Timer":
         return _Timer(self, name)

@@ -59,9 +59,15 @@ class Block:
         return self.name not in OUTER_BLOCKS
 
     @property
+    def flat(self) -> Tensor:
+        """The weights of a block that is not quantized."""
+        assert self.weights is not None
+        return self.weights
+
+    @property
     def stored(self) -> Tensor | QuantizedWeights:
         """What holds the weights; one object for two blocks that share it."""
-        return self.weights if self.quantized is None else self.quantized
+        return self.flat if self.quantized is None else self.quantized
 
     def hold(self, stored: Tensor | QuantizedWeights) -> None:
         """Make a flat tensor, or what `quantize` made of one, this block's storage."""
@@ -82,8 +88,8 @@ class Block:
 
     def quantize(self) -> QuantizedWeights:
         """What the flat tensor holds, in FP8: a function of its numbers alone, equal for equal weights."""
-        matrices = [quantize(view, SCALE_BLOCK) for view in self.views(self.weights) if view.ndim == 2]
-        return QuantizedWeights(matrices, self.weights[self.num_decayed :].clone())
+        matrices = [quantize(view, SCALE_BLOCK) for view in self.views(self.flat) if view.ndim == 2]
+        return QuantizedWeights(matrices, self.flat[self.num_decayed :].clone())
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """The slices of a flat tensor, in the parameters' shapes."""
@@ -161,10 +167,10 @@ class WeightStore:
         if block.quantized is not None:
             block.hold(self._never_active(role, name) if master is None else self._rounded(block, master))
         elif self.is_shared(name):
-            block.hold(block.weights.clone())
+            block.hold(block.flat.clone())
         for parameter in block.parameters:
             parameter.tensor.requires_grad_(True)
-        weights = block.weights[data_parallel_shard(block.numel, self.groups)]
+        weights = block.flat[data_parallel_shard(block.numel, self.groups)]
         if weights.dtype == master_dtype:
             return block, weights
         return block, weights.to(master_dtype) if master is None else master
@@ -174,7 +180,7 @@ class WeightStore:
         block = self.blocks[role][name]
         for parameter in block.parameters:
             parameter.tensor.requires_grad_(False)
-        if self._rounds_frozen(block) or master.dtype != block.weights.dtype:
+        if self._rounds_frozen(block) or master.dtype != block.flat.dtype:
             self.masters.put((role, name), master)
         if self._rounds_frozen(block):
             block.hold(block.quantize())
@@ -183,7 +189,7 @@ class WeightStore:
         """Give a block that is still shared storage of its own, which a checkpoint is about to fill."""
         block = self.blocks[role][name]
         if self.is_shared(name):  # FP8 is not written over, but replaced
-            block.hold(replace(block.quantized) if block.weights is None else block.weights.clone())
+            block.hold(block.flat.clone() if block.quantized is None else replace(block.quantized))
 
     def restore(self, role: Role, name: str) -> None:
         """Make a frozen block what its master on the host says."""

@@ -182,7 +182,7 @@ def stage_memory(config: Config, data_parallel: int, stage: int, draws: Draws) -
     frozen_embedding = "embedding" not in config.lisa.always_active
     flush = sum(num_microbatches(config, data_parallel))
     thawed: list[set[int]] = [set() for _ in draws[0]]
-    fullest: dict[tuple, StageMemory] = {}
+    fullest: dict[tuple[int, ...], StageMemory] = {}
     of_pass: dict[tuple[int, int], dict[str, int]] = {}
     for period, draw in enumerate(draws):
         active = [layers.intersection(drawn) for drawn in draw]

@@ -6,7 +6,7 @@ lengths. Of two plans that differ in time by less than 1% the one that rounds le
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import NamedTuple
@@ -34,7 +34,7 @@ class _Given(NamedTuple):
 
 def search_layouts(config: Config, world_size: int, memory: int, device: Device) -> list[Plan]:
     """Plans that fit, best first: the best of each (tensor, pipeline, frozen weights)."""
-    best: dict[tuple, Plan] = {}
+    best: dict[tuple[int, int, str | None], Plan] = {}
     given = _Given(world_size, memory, device, draws_of(config))
     too_large = set()  # where no micro-batch of a size fits, no larger one does
     for candidate in _candidates(config, world_size):
@@ -150,7 +150,7 @@ def _staged(layout: Config, given: _Given) -> Iterator[Plan]:
         yield Plan.of(replace(layout, parallel=parallel), *given)
 
 
-def _fill(fixed: list[float], per_layer: list[float], num_layers: int) -> list[int]:
+def _fill(fixed: Sequence[float], per_layer: Sequence[float], num_layers: int) -> list[int]:
     """Layers of each stage such that the largest `fixed + layers * per_layer` is as small as can be."""
     counts = [1] * len(fixed)
     for _ in range(num_layers - len(counts)):

@@ -57,7 +57,7 @@ def _layer(family: str, sizes: Sizes, tensor: int) -> _Layer:
         for parameter, shape in shapes.items()
     ]
     return _Layer(
-        {parameter.name: shape for parameter, shape in shapes.items() if parameter.is_matrix},
+        {parameter.name: (shape[0], shape[1]) for parameter, shape in shapes.items() if parameter.is_matrix},
         sum(item.numel for item in items),
         flat_layout(items).numel,
     )

@@ -82,7 +82,7 @@ class RunConsole:
             return sum(rate(record) * record.step_seconds for record in self._latest) / seconds
 
         tokens, tflops = mean(lambda record: record.tokens_per_second), mean(lambda record: record.tflops_per_gpu)
-        mfu = "" if last.mfu is None else f"  MFU {mean(lambda record: record.mfu):.0%}"
+        mfu = "" if last.mfu is None else f"  MFU {mean(lambda record: record.mfu or 0.0):.0%}"
         left = duration(per_step * (self.total_steps - last.step))
         return f"{per_step:.2f} s/step  {tokens:,.0f} tokens/s  {tflops:.3g} TFLOP/s per rank{mfu}  ETA {left}"
 
@@ -91,7 +91,7 @@ class RunConsole:
         bar = ProgressBar(total=self.total_steps, completed=record.step, width=30)
         progress.add_row(Text(f"step {record.step}/{self.total_steps}"), bar, Text(self._pace()))
         weights = record.weights
-        shown = sorted(weights, key=weights.get, reverse=True)[:MOST_SOURCES_SHOWN] if weights else []
+        shown = sorted(weights, key=weights.__getitem__, reverse=True)[:MOST_SOURCES_SHOWN] if weights else []
         largest = max(weights.values(), default=1.0)
         chart = Table.grid(padding=(0, 1))
         for name in (name for name in weights if name in shown):
@@ -128,6 +128,6 @@ def duration(seconds: float) -> str:
 
 def _weights_text(weights: dict[str, float]) -> str:
     """name=.123 of each source; of many, the heaviest."""
-    shown = sorted(weights, key=weights.get, reverse=True)[:8]
+    shown = sorted(weights, key=weights.__getitem__, reverse=True)[:8]
     text = " ".join(f"{name}={weights[name]:.3f}".replace("=0.", "=.") for name in weights if name in shown)
     return text + (f" and {len(weights) - len(shown)} more" if len(weights) > len(shown) else "")

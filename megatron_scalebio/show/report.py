@@ -25,7 +25,7 @@ svg { width: 100%; height: auto; margin-top: 1rem; } code { overflow-wrap: anywh
 """
 
 
-def write_report(output_dir: str) -> Path:
+def write_report(output_dir: str | Path) -> Path:
     """Writes report.html from the run's metrics.jsonl, weights.json and config.yaml, and returns its path."""
     folder = Path(output_dir)
     config = load_config(str(RunFolder(folder).config), [])

@@ -4,11 +4,11 @@ from unittest import mock
 
 import pytest
 import torch
+
 from megatron_scalebio.kernels import sum_of_squares as module
 from megatron_scalebio.kernels.adamw import adamw_update
 from megatron_scalebio.kernels.moments import Moment
 from megatron_scalebio.kernels.sum_of_squares import sum_of_squares
-
 from tests.distributed import run_distributed
 
 

@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 import triton
 import triton.language as tl
-from megatron_scalebio.kernels import cross_entropy as module
-from megatron_scalebio.kernels.cross_entropy import _tanh, cross_entropy
 from torch import Tensor
 from torch.nn.functional import cross_entropy as torchs_cross_entropy
 
+from megatron_scalebio.kernels import cross_entropy as module
+from megatron_scalebio.kernels.cross_entropy import _tanh, cross_entropy
 from tests.distributed import run_distributed
 from tests.guarded_memory import guarded, poisoned_memory
 from tests.rounding import cross_entropy_errors, unit_roundoff

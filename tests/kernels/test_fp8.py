@@ -7,10 +7,10 @@ from unittest import mock
 
 import pytest
 import torch
-from megatron_scalebio.kernels import fp8
-from megatron_scalebio.kernels.fp8 import SCALE_BLOCK, BlockScaled, dequantize, quantize, transpose
 from torch import Tensor
 
+from megatron_scalebio.kernels import fp8
+from megatron_scalebio.kernels.fp8 import SCALE_BLOCK, BlockScaled, dequantize, quantize, transpose
 from tests.distributed import run_distributed
 from tests.guarded_memory import guarded, poisoned_memory
 from tests.hopper import compiled_for_hopper

@@ -13,12 +13,12 @@ from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
+
 from megatron_scalebio.kernels import fp8
 from megatron_scalebio.kernels import frozen_linear as module
 from megatron_scalebio.kernels.fp8 import SCALE_BLOCK, BlockScaled, dequantize_reference, quantize, quantize_reference
 from megatron_scalebio.kernels.frozen_linear import frozen_linear, matmul
-from torch import Tensor
-
 from tests.distributed import run_distributed
 from tests.guarded_memory import poisoned_memory
 from tests.hopper import compiled_for_hopper

@@ -8,10 +8,10 @@ from unittest import mock
 
 import pytest
 import torch
-from megatron_scalebio.kernels import gated_activation as module
-from megatron_scalebio.kernels.gated_activation import ACTIVATIONS, gated_activation
 from torch import Tensor
 
+from megatron_scalebio.kernels import gated_activation as module
+from megatron_scalebio.kernels.gated_activation import ACTIVATIONS, gated_activation
 from tests.distributed import run_distributed
 from tests.guarded_memory import guarded, poisoned_memory
 from tests.hopper import compiled_for_hopper

@@ -10,13 +10,13 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from megatron_scalebio.kernels import head_loss as module
-from megatron_scalebio.kernels.dispatch import on_triton
-from megatron_scalebio.kernels.head_loss import head_loss
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import cross_entropy
 
+from megatron_scalebio.kernels import head_loss as module
+from megatron_scalebio.kernels.dispatch import on_triton
+from megatron_scalebio.kernels.head_loss import head_loss
 from tests.distributed import run_distributed
 from tests.guarded_memory import guarded, poisoned_memory
 from tests.rounding import cross_entropy_errors, product_error, rounded_operand_error, unit_roundoff

@@ -12,9 +12,9 @@ from unittest import mock
 
 import pytest
 import torch
+
 from megatron_scalebio.kernels import adamw, cross_entropy, loss_sums, sum_of_squares
 from megatron_scalebio.kernels.moments import Moment
-
 from tests.hopper import Kernel, compiled_for_hopper
 
 TOKENS, V_LOCAL, NUMEL = 4096, 19_008, 5120 * 3456

@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from megatron_scalebio.kernels.loss_sums import sums_by_id
 from torch import Tensor
 
 from megatron_scalebio.data import Example, MicroBatch, build_micro_batch
+from megatron_scalebio.kernels.loss_sums import sums_by_id
 from tests.distributed import run_distributed
 
 BOTH = pytest.mark.parametrize("interpret", [False, True], ids=["reference", "kernel"])

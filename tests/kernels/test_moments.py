@@ -8,11 +8,11 @@ from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
+
 from megatron_scalebio.kernels import moments
 from megatron_scalebio.kernels.adamw import adamw_update, adamw_update_reference
 from megatron_scalebio.kernels.moments import BLOCK, FIRST, SECOND, Moment, load_reference, store_reference
-from torch import Tensor
-
 from tests.distributed import run_distributed
 from tests.guarded_memory import guarded
 

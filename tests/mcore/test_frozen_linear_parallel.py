@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
-from megatron_scalebio.kernels.fp8 import SCALE_BLOCK, dequantize, quantize
-from megatron_scalebio.kernels.frozen_linear import frozen_linear
 from torch import Tensor
 
 from megatron_scalebio.config import ParallelConfig
 from megatron_scalebio.device import CPU
+from megatron_scalebio.kernels.fp8 import SCALE_BLOCK, dequantize, quantize
+from megatron_scalebio.kernels.frozen_linear import frozen_linear
 from megatron_scalebio.mcore.linear import column_parallel, row_parallel
 from megatron_scalebio.mcore.process_groups import start_process_groups
 from tests.distributed import run_distributed

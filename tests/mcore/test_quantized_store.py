@@ -6,9 +6,9 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from megatron_scalebio.kernels.fp8 import SCALE_BLOCK, dequantize, quantize
 
 from megatron_scalebio.active_layers import Role
+from megatron_scalebio.kernels.fp8 import SCALE_BLOCK, dequantize, quantize
 from megatron_scalebio.mcore.linear import ColumnLinear, RowLinear
 from megatron_scalebio.mcore.weight_store import Block, data_parallel_shard
 from tests.distributed import run_distributed

@@ -12,15 +12,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import triton
 from megatron.core import parallel_state
-from megatron_scalebio.kernels import head_loss
-from megatron_scalebio.kernels.adamw import adamw_update
-from megatron_scalebio.kernels.dispatch import on_triton, planning_for_cuda
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_scalebio import device
 from megatron_scalebio.active_layers import Role, draw_active_layers
 from megatron_scalebio.config import Config
 from megatron_scalebio.device import CPU
+from megatron_scalebio.kernels import head_loss
+from megatron_scalebio.kernels.adamw import adamw_update
+from megatron_scalebio.kernels.dispatch import on_triton, planning_for_cuda
 from megatron_scalebio.mcore import build
 from megatron_scalebio.mcore.attention import SdpaAttention, VarlenAttention
 from megatron_scalebio.mcore.memory_tracker import MemoryTracker

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from megatron_scalebio.kernels import fp8, head_loss, moments
 
 from megatron_scalebio.active_layers import Role, draw_active_layers
 from megatron_scalebio.anatomy.storage import ALIGNMENT
 from megatron_scalebio.config import Config, ModelConfig, ShapeConfig
+from megatron_scalebio.kernels import fp8, head_loss, moments
 from megatron_scalebio.mcore.models import MegatronModels
 from megatron_scalebio.mcore.process_groups import start_process_groups
 from megatron_scalebio.plan import memory, sizes

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from megatron_scalebio.kernels import fp8, head_loss
 
+from megatron_scalebio.kernels import fp8, head_loss
 from tools import benchmark_kernels
 from tools.benchmarks import (
     kernel_cases,

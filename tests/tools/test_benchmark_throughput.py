@@ -16,13 +16,13 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from megatron_scalebio.kernels import head_loss
 from torch.nn import Parameter
 
 from megatron_scalebio import spans
 from megatron_scalebio.active_layers import Role
 from megatron_scalebio.anatomy import FAMILIES
 from megatron_scalebio.config import UserError
+from megatron_scalebio.kernels import head_loss
 from megatron_scalebio.mcore import active_set, models
 from megatron_scalebio.mcore.layers import GatedMLP
 from megatron_scalebio.mcore.parameters import NamedParameter

@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -41,7 +42,7 @@ class Checks:
     """What was checked; prints as it goes."""
 
     def __init__(self):
-        self.rows: list[dict] = []
+        self.rows: list[dict[str, Any]] = []
 
     def add(self, name: str, value: float, least: float, most: float) -> None:
         self.rows.append(probe_row(name, value, least, most))
@@ -79,7 +80,7 @@ def check_fp8_model(checks: Checks, recipe: str) -> None:
     off = (losses["fp8"] - losses["bf16"]).abs().max().item()
     checks.add(f"{recipe} model: largest difference of a source's loss from bf16, in nats", off, 1e-9, 0.05)
     active = trainer.active_layers[Role.UPPER]
-    layers = trainer.models.chunk.models[Role.UPPER.value].decoder.layers
+    layers = trainer.models.chunk.model(Role.UPPER).decoder.layers
     in_te = [index for index, layer in enumerate(layers) if "_trained_product" in vars(layer.mlp.linear_fc1)]
     checks.add(f"{recipe} model: layers {in_te} in Transformer Engine, {active} active", in_te == sorted(active), 1, 1)
     frozen = next(layer for index, layer in enumerate(layers) if index not in active).mlp.linear_fc1

@@ -13,13 +13,14 @@ import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
 from megatron_scalebio.active_layers import Role
-from megatron_scalebio.bilevel import Bilevel
+from megatron_scalebio.bilevel import Bilevel, Pass
 from megatron_scalebio.data import StepBatch
 from megatron_scalebio.mcore.models import MegatronModels
 from megatron_scalebio.run import open_run
@@ -46,8 +47,10 @@ def copy_weights(
     models.redraw({role: sorted(layers) for role, layers in ever_active.items()})
     for role, active_set in models.active_sets.items():
         for name, active in active_set.blocks.items():
-            active.master.copy_(trained.persistence.exact(role, name))
-            active.block.weights[active.shard] = active.master
+            exact = trained.persistence.exact(role, name)
+            assert exact is not None  # as of all that trains
+            active.master.copy_(exact)
+            active.block.flat[active.shard] = active.master
     models.redraw(active_layers)
 
 
@@ -58,10 +61,13 @@ def gaps(models: MegatronModels, bilevel: Bilevel, batch: StepBatch, active_laye
     class Watched:
         """The models, which report the losses of a step and refuse its updates."""
 
-        def forward_backward(self, passes, fingerprint):
+        def forward_backward(self, passes: list[Pass], fingerprint: int) -> NoReturn:
             losses = models.forward_backward(passes, fingerprint)
             taken.update({(part.role, part.split): loss for part, loss in zip(passes, losses, strict=True)})
             raise StopIteration
+
+        def step(self, role: Role, lr: float, max_norm: float | None) -> NoReturn:
+            raise AssertionError
 
     try:
         bilevel.step(Watched(), 1, batch, active_layers)

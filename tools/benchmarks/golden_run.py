@@ -2,6 +2,7 @@
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from megatron_scalebio import Trainer, open_run
 from tools.benchmarks.tasks import QUICKSTART, make_arithmetic, settings_of
@@ -12,7 +13,7 @@ LOSSES = ("train_loss_lower", "train_loss_upper", "val_loss", "penalty_gap")
 KEYS = (*LOSSES, "hypergradient", "grad_norm_lower", "grad_norm_upper", "weights")
 
 
-def golden_run(*settings: str) -> list[dict]:
+def golden_run(*settings: str) -> list[dict[str, Any]]:
     """The records of the first steps of examples/quickstart.yaml; fp64 on the CPU, so that machines agree closely.
 
     Args:

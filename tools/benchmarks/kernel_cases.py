@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from megatron_scalebio.kernels.cross_entropy import cross_entropy
-from megatron_scalebio.kernels.head_loss import head_loss
-from megatron_scalebio.kernels.loss_sums import sums_by_id
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_scalebio.device import backend
+from megatron_scalebio.kernels.cross_entropy import cross_entropy
+from megatron_scalebio.kernels.head_loss import head_loss
+from megatron_scalebio.kernels.loss_sums import sums_by_id
 from tools.benchmarks import kernel_peers
 from tools.benchmarks.kernel_checks import NEAR_BANDWIDTH, RECOMPUTE, Case, Contender, Outputs, Target
 
@@ -74,7 +74,9 @@ def single_process_group(device: torch.device) -> ProcessGroup:
     """A tensor-parallel group of this process alone."""
     if not dist.is_initialized():
         dist.init_process_group(backend(device), store=dist.HashStore(), rank=0, world_size=1)
-    return dist.group.WORLD
+    group = dist.group.WORLD
+    assert group is not None
+    return group
 
 
 def cross_entropy_cases(device: torch.device, quick: bool) -> list[Case]:
@@ -130,7 +132,7 @@ def head_loss_cases(device: torch.device, quick: bool) -> list[Case]:
             *(inputs.softcap, inputs.main_grad if main_grad else None),
         )
         grads = list(torch.autograd.grad(loss, kernel_peers.trained(inputs), allow_unused=main_grad))
-        if main_grad:
+        if main_grad and inputs.main_grad is not None:
             grads[1] = inputs.main_grad
         return {"loss": loss, "token_losses": token_losses, **dict(zip(kernel_peers.GRADIENTS, grads, strict=False))}
 

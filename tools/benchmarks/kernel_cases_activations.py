@@ -7,9 +7,9 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from megatron_scalebio.kernels.gated_activation import gated_activation
 from torch import Tensor
 
+from megatron_scalebio.kernels.gated_activation import gated_activation
 from tools.benchmarks import kernel_peers
 from tools.benchmarks.kernel_checks import NEAR_BANDWIDTH, Case, Contender, Outputs
 

@@ -5,7 +5,7 @@ Shapes: T tokens, K input and N output features.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ ROUNDING = {
 class TrainedInputs(NamedTuple):
     x: Tensor  # [T, 1, K] bf16, requires a gradient
     grad: Tensor  # [T, 1, N] bf16, of the output
-    weight: Parameter  # [N, K] bf16, with main_grad [N, K] fp32, to which its gradient is added
+    weight: Any  # a Parameter, [N, K] bf16, with main_grad [N, K] fp32, to which its gradient is added
     product: te_linear.FP8Product  # with that weight
 
 
@@ -77,7 +77,7 @@ def te_linear_cases(device: torch.device, quick: bool) -> list[Case]:
 def _inputs(tokens: int, outputs: int, features: int, recipe: str, device: torch.device) -> TrainedInputs:
     torch.manual_seed(0)
     random = partial(torch.randn, dtype=torch.bfloat16, device=device)
-    weight = Parameter(random(outputs, features).mul_(0.02))
+    weight: Any = Parameter(random(outputs, features).mul_(0.02))
     # A quarter of the gradient: little beside its rounding, but were it overwritten, three times the error allowed.
     weight.main_grad = torch.randn(outputs, features, device=device).mul_(tokens**0.5 / 4)
     product = te_linear.FP8Product(weight, recipe)
@@ -89,6 +89,7 @@ def _run(inputs: TrainedInputs, product: Callable[[Tensor], Tensor]) -> Outputs:
     x = inputs.x.detach().requires_grad_()
     y = product(x)
     y.backward(inputs.grad)
+    assert x.grad is not None
     return {"y": y, "grad_x": x.grad, "grad_weight": inputs.weight.main_grad}
 
 
@@ -107,7 +108,7 @@ def _exact(inputs: TrainedInputs, exact: bool) -> Outputs:
 
 def _differing(recipe: str, inputs: TrainedInputs) -> float:
     """How many numbers another, equal weight's products have that are not the weight's own."""
-    weight = Parameter(inputs.weight.detach().clone())
+    weight: Any = Parameter(inputs.weight.detach().clone())
     weight.main_grad = inputs.weight.main_grad.clone()
     other = inputs._replace(weight=weight, product=te_linear.FP8Product(weight, recipe))
     first, second = (_run(each, each.product) for each in (inputs, other))

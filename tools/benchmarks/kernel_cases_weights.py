@@ -9,6 +9,8 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from megatron_scalebio.kernels.adamw import adamw_update, adamw_update_reference
 from megatron_scalebio.kernels.fp8 import (
     SCALE_BLOCK,
@@ -23,8 +25,6 @@ from megatron_scalebio.kernels.fp8 import (
 from megatron_scalebio.kernels.frozen_linear import frozen_linear, matmul
 from megatron_scalebio.kernels.moments import FIRST, SECOND, Moment, load_reference, store_reference
 from megatron_scalebio.kernels.sum_of_squares import sum_of_squares
-from torch import Tensor
-
 from tools.benchmarks import kernel_peers
 from tools.benchmarks.kernel_checks import NEAR_BANDWIDTH, Case, Contender, Outputs, Target
 
@@ -114,7 +114,7 @@ def _update_inputs(size: int, device: torch.device) -> UpdateInputs:
 def _with_moments(inputs: UpdateInputs, moments: str) -> UpdateInputs:
     if moments == "fp32":
         return inputs
-    stored = {}
+    stored: dict[str, Any] = {}
     for which, name in ((FIRST, "exp_avg"), (SECOND, "exp_avg_sq")):
         numbers = getattr(inputs, name)
         stored[name] = Moment.zeros(len(numbers), moments, numbers.dtype, numbers.device)
@@ -124,7 +124,7 @@ def _with_moments(inputs: UpdateInputs, moments: str) -> UpdateInputs:
 
 def _in_fp64(inputs: UpdateInputs) -> UpdateInputs:
     """The same numbers; moments as they are stored become plain tensors."""
-    values = vars(inputs) | {
+    values: dict[str, Any] = vars(inputs) | {
         name: load_reference(getattr(inputs, name), which)
         for which, name in ((FIRST, "exp_avg"), (SECOND, "exp_avg_sq"))
         if isinstance(getattr(inputs, name), Moment)
@@ -165,7 +165,13 @@ def fp8_cases(device: torch.device, quick: bool) -> list[Case]:
     def parts(q: BlockScaled) -> Outputs:
         return {"data": q.data, "scale": q.scale}
 
-    def case(what: str, num_bytes: int, make_inputs: Callable, run: Callable, reference: Callable) -> Case:
+    def case(
+        what: str,
+        num_bytes: int,
+        make_inputs: Callable[[], Any],
+        run: Callable[[Any], Outputs],
+        reference: Callable[[Any], Outputs],
+    ) -> Case:
         return Case(
             operation="fp8",
             shape=dict(what=what, R=outputs, C=features),

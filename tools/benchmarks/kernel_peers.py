@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron_scalebio.kernels.adamw import adamw_update_reference
-from megatron_scalebio.kernels.fp8 import BlockScaled, quantize, transpose
-from megatron_scalebio.kernels.gated_activation import ACTIVATIONS
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from megatron_scalebio.kernels.adamw import adamw_update_reference
+from megatron_scalebio.kernels.fp8 import BlockScaled, quantize, transpose
+from megatron_scalebio.kernels.gated_activation import ACTIVATIONS
 from tools.benchmarks.kernel_checks import Contender, Outputs, Unsupported
 
 GRADIENTS = ("grad_hidden", "grad_weight")
@@ -34,11 +34,11 @@ def head_token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: 
     return token_losses(F.linear(hidden, weight), targets, softcap)
 
 
-def compiled(function: Callable) -> Callable:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """By torch.compile, anew for every shape; on a CPU, where times mean nothing, without the C++ compiler."""
 
     @functools.cache
-    def on(device_type: str) -> Callable:
+    def on(device_type: str) -> Callable[..., Any]:
         torch._dynamo.config.recompile_limit = 256  # beyond it torch.compile goes on uncompiled, in silence
         return torch.compile(function, dynamic=False, backend="inductor" if device_type == "cuda" else "aot_eager")
 
@@ -110,7 +110,9 @@ def _torch_linear_cross_entropy(
     if not hasattr(F, "linear_cross_entropy"):
         raise Unsupported(f"torch {torch.__version__} does not have it")
     refuse_softcap(softcap)
-    chunks = {} if tokens_per_chunk is None else dict(batch_chunk_size=tokens_per_chunk, chunking_method=None)
+    chunks: dict[str, Any] = (
+        {} if tokens_per_chunk is None else dict(batch_chunk_size=tokens_per_chunk, chunking_method=None)
+    )
     options = torch.nn.LinearCrossEntropyOptions(**chunks)
     return F.linear_cross_entropy(hidden, weight, targets, reduction="none", options=options)
 
@@ -160,7 +162,7 @@ def _index_add_sums(inputs: Any) -> Outputs:
 
 SUMS_BY_ID = (Contender("torch index_add_ (atomics)", _index_add_sums),)
 
-ADAMW_SETTINGS = dict(step=10, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+ADAMW_SETTINGS: dict[str, Any] = dict(step=10, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
 UPDATED = ("weights", "master", "exp_avg", "exp_avg_sq")
 
 

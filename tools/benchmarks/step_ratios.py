@@ -10,6 +10,7 @@ such as model.shape.hidden_size=256. (One pipeline flush against three: tools/be
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -56,7 +57,7 @@ def _synthetic_dataset(config: Config) -> Dataset:
     return Dataset(BytesTokenizer(), names, train, examples(0))
 
 
-def bilevel_against_plain(settings: list[str], pairs: int) -> list[dict]:
+def bilevel_against_plain(settings: list[str], pairs: int) -> list[dict[str, Any]]:
     """A step of three passes against one of `bilevel.mode=fixed` on the same training tokens: 3.0 is the floor."""
     rows = []
     for batch in (4, 8):
@@ -67,7 +68,7 @@ def bilevel_against_plain(settings: list[str], pairs: int) -> list[dict]:
     return rows
 
 
-def against_number_of_sources(settings: list[str], pairs: int) -> list[dict]:
+def against_number_of_sources(settings: list[str], pairs: int) -> list[dict[str, Any]]:
     """A step with K sources against one with 2, the same 64 + 64 examples a step."""
     batch = ["bilevel.global_batch_size=64", "data.micro_batch_size=8", *settings]
     base, rows = make_trainer(2, batch), []

@@ -55,7 +55,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     # The learning rates' schedule must have a rate for every step, those after the timed ones included.
     config.bilevel.steps = max(config.bilevel.steps, last_timed + num_split + 2 * (FLUSH_PAIRS + 1))
     device = choose_device(config.run.device)
-    content = {
+    content: dict[str, Any] = {
         "environment": environment(device, args.settings, world_size()),
         "config": to_dict(config),
         "run": {

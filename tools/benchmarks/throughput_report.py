@@ -146,6 +146,7 @@ def summary_lines(content: dict[str, Any]) -> Iterator[str]:
 def _utilization_lines(utilization: dict[str, Any]) -> Iterator[str]:
     if utilization["mfu"] is None:
         yield f"MFU              none: {utilization['reason']}"
+        return
     for kind, most in utilization["peak_tflops"].items():
         mfu, hfu = utilization["mfu"][kind], utilization["hfu"][kind]
         yield f"MFU              {mfu:.1%} of {most:g} {kind} TFLOP/s ({utilization['peak']}); executed: {hfu:.1%}"

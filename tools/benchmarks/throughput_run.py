@@ -31,6 +31,7 @@ from megatron_scalebio.device import peak_memory
 from megatron_scalebio.hf import adopt_checkpoint, check_checkpoint, read_shape
 from megatron_scalebio.mcore.parameters import NamedParameter
 from megatron_scalebio.plan.flops import Flops, Work
+from megatron_scalebio.plan.planner import Draws
 from megatron_scalebio.plan.seconds import Device, predict_step, stage_loads
 from megatron_scalebio.plan.utilization import batch_flops, work_of_rows
 from megatron_scalebio.rules import check_config
@@ -170,7 +171,7 @@ def timed_step(trainer: Trainer) -> Step:
     train = content(batch.train_rows, sum(batch.num_loss_tokens), len(batch.train))
     validation = content(batch.validation_rows, batch.num_validation_loss_tokens, len(batch.validation))
     active = [trainer.active_layers[role] for role in result.grad_norm]
-    flops = batch_flops(config, trainer.models.shape.vocab_size, active, batch)
+    flops = batch_flops(config, active, batch)
     return Step(max(everyone), train, validation, flops, trainer.active_layers != before, record)
 
 
@@ -203,7 +204,7 @@ def device_memory(device: torch.device) -> int | None:
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
-def one_flush_against_three(trainer: Trainer, step: Step, device: Device, draws: list) -> dict[str, float]:
+def one_flush_against_three(trainer: Trainer, step: Step, device: Device, draws: Draws) -> dict[str, Any]:
     """Seconds of forward and backward of all passes in one flush over those in one for each, measured in turn on the
     slowest rank; beside it the planner's ratio for the micro-batches of `step`, and that of stages of equal speed."""
     flushes: list[float] = []

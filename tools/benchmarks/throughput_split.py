@@ -59,7 +59,7 @@ def seconds_by_part(events: Iterable[Event]) -> Counter[str]:
     on_device = [event for event in events if event["cat"] in ON_DEVICE]
     seconds: Counter[str] = Counter()
     for part, microseconds in _on_device(events, on_device, moments) if on_device else _on_host(moments):
-        seconds[part] += microseconds / 1e6
+        seconds[part] += microseconds / 1e6  # type: ignore[unsupported-operation]  # typeshed counts in integers
     return seconds
 
 

@@ -10,8 +10,8 @@ from contextlib import AbstractContextManager
 from unittest import mock
 
 import torch
-from megatron_scalebio.kernels import moments
 
+from megatron_scalebio.kernels import moments
 from tools.benchmarks.tasks import QUICKSTART
 from tools.studies import presets
 from tools.studies.runner import Arm, Study
@@ -20,7 +20,7 @@ SEEDS, PROCESSES = 4, presets.PROCESSES
 add_options = presets.add_options
 
 
-def to_the_nearest() -> AbstractContextManager:
+def to_the_nearest() -> AbstractContextManager[object]:
     def halves(numel: int, first_index: int, key: int, device: torch.device) -> torch.Tensor:
         return torch.full((numel,), -0x7FFF8000, dtype=torch.int32, device=device)  # half of 2^16, and of 2^32
 

@@ -35,7 +35,7 @@ class Arm:
 
     name: str
     settings: tuple[str, ...]
-    within: Callable[[], AbstractContextManager] = nullcontext
+    within: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 @dataclass(frozen=True)
@@ -175,14 +175,14 @@ def signal_to_noise(hypergradients: list[torch.Tensor | None]) -> float | None:
     """|mean over steps| / |standard deviation over steps|; None where nothing is learned, or in a single step."""
     if len(hypergradients) < 2 or hypergradients[0] is None:
         return None
-    stacked = torch.stack(hypergradients)
+    stacked = torch.stack([found for found in hypergradients if found is not None])
     return (stacked.mean(dim=0).norm() / stacked.std(dim=0).norm()).item()
 
 
 def summarise(study: Study, runs: list[Run]) -> list[dict[str, Any]]:
     """One row per arm: means over seeds, counts of seeds, and the test loss less the baseline's, seed by seed."""
     by_arm = {arm.name: [run for run in runs if run["arm"] == arm.name] for arm in study.arms}
-    baseline = {run["seed"]: run["test_loss"] for run in by_arm.get(study.baseline, ())}
+    baseline = {run["seed"]: run["test_loss"] for run in by_arm.get(study.baseline or "", [])}
     rows = []
     for arm, mine in by_arm.items():
         if not mine:

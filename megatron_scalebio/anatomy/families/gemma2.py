@@ -23,8 +23,8 @@ def read(config: dict[str, Any]) -> ShapeConfig:
     shape = replace(
         shape,
         query_pre_attn_scalar=fields.number("query_pre_attn_scalar", default=256),
-        attention_softcap=fields.number("attn_logit_softcapping", default=50.0, nullable=True),
-        final_softcap=fields.number("final_logit_softcapping", default=30.0, nullable=True),
+        attention_softcap=fields.nullable_number("attn_logit_softcapping", default=50.0),
+        final_softcap=fields.nullable_number("final_logit_softcapping", default=30.0),
         sliding_window=fields.count("sliding_window", default=4096),
     )
     fields.must_be("sliding_window_size", shape.sliding_window)  # the same once more, in the first files

@@ -16,7 +16,7 @@ def read(config: dict[str, Any]) -> ShapeConfig:
     fields = Fields(config, FAMILY.harmless)
     fields.must_be("hidden_act", "silu")
     shape = fields.shape(tied_by_default=False)
-    shape = replace(shape, sliding_window=fields.count("sliding_window", default=4096, nullable=True))
+    shape = replace(shape, sliding_window=fields.nullable_count("sliding_window", default=4096))
     fields.refuse_the_rest()
     return shape
 
