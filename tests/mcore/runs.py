@@ -1,4 +1,4 @@
-"""Short runs of the Megatron host for tests: the same examples, weights and draws under every layout.
+"""Short runs of the Megatron models for tests: the same examples, weights and draws under every layout.
 
 `run_case` runs a case on all ranks of its layout and puts their shards together: full tensors by global name.
 

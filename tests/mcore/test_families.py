@@ -1,8 +1,8 @@
 """Each family's decoder against transformers' own: token losses, and the gradient of their weighted sum.
 
-transformers runs the examples one by one with eager attention; the host runs them packed or padded, under every kind
+transformers runs the examples one by one with eager attention; ours runs them packed or padded, under every kind
 of layout. In fp64, with transformers kept from rounding norms, softmax and rotary angles to fp32, both add the same
-numbers in another order. That is the truth for fp32 too, where the host may be `ALLOWED` times as far from it as
+numbers in another order. That is the truth for fp32 too, where ours may be `ALLOWED` times as far from it as
 transformers is: it sums in another order, and 1.9 was measured for one gradient of many.
 
 Shapes: N loss tokens of all examples, V vocabulary.
