@@ -124,6 +124,16 @@ def test_a_dry_run_refuses_memory_that_no_gpu_has(gib):
         dry_run.dry_run(Run(qwen_32b(), None), 1, gib)
 
 
+@pytest.mark.parametrize("gib, status, verdict", [("1", 0, "\nfits: "), ("0.5", 1, "\ndoes not fit: rank 0 (stage 0)")])
+def test_a_dry_runs_verdict_is_its_exit_status(tmp_path, monkeypatch, capsys, gib, status, verdict):
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").write_text('{"prompt": "1", "response": "2"}\n' * 8)
+    settings = ["data.sources=[{name: a, path: a.jsonl}]", "data.validation=a.jsonl", "bilevel.global_batch_size=4"]
+    settings += ["model.shape.num_layers=2", "model.shape.hidden_size=64", "lisa.num_active_layers=1"]
+    assert cli.main(["train", "--dry-run", "--gpu-memory", gib, *settings]) == status
+    assert verdict in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("compute, told", [("bf16", False), ("fp8", True)])
 def test_fp8_that_is_planned_as_bf16_is_told(compute, told):
     plan = plan_of(8, "parallel.pipeline=8", "bilevel.steps=20", f"precision.compute={compute}")
