@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from megatron_scalebio.plan.seconds import H100
 from megatron_scalebio.plan.sizes import GIB
 from megatron_scalebio.rules import check_config
 from megatron_scalebio.run import open_config
+from tests.plan.test_memory import with_layers
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -151,9 +151,7 @@ def test_a_large_example_is_planned_to_fit(tmp_path, monkeypatch, name):
 @pytest.mark.parametrize("name", ["llama3_8b_8xh100", "gemma2_9b_8xh100", "qwen2_7b_8xh100"])
 def test_the_rehearsal_of_a_large_examples_first_layers_finds_the_plan_right(tmp_path, monkeypatch, name):
     plan = plan_of(name, tmp_path, monkeypatch)
-    model, parallel = plan.config.model, replace(plan.config.parallel, layers_per_stage=[4])
-    model = replace(model, shape=replace(model.shape, num_layers=4))
-    plan = Plan.of(replace(plan.config, model=model, parallel=parallel), plan.world_size, plan.memory)
+    plan = Plan.of(with_layers(plan.config, 4), plan.world_size, plan.memory)
     assert rehearsed(plan, 0).total == pytest.approx(plan.stages[0].total, rel=0.01)
 
 

@@ -359,9 +359,10 @@ def test_losses_and_gradients_equal_transformers_in_fp64(name, layout):
     assert max(found.values()) <= 1e-13, found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["packed", "TP2xPP2 with sequence parallelism"])
 @pytest.mark.parametrize("name", THEIRS)
 def test_losses_and_gradients_equal_transformers_to_fp32_rounding(name, layout):
+    """What a layout cuts and adds up shows in fp64, above, where nothing hides it."""
     theirs, ours = errors(theirs_in_fp32(name), name), errors(run_ours(name, layout, "fp32"), name)
     ratios = {key: error / theirs[key] for key, error in ours.items()}
     assert max(ratios.values()) <= ALLOWED, ratios
