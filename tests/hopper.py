@@ -5,6 +5,7 @@ at hand, and does not run it.
 """
 
 import contextlib
+import functools
 import re
 import subprocess
 import tempfile
@@ -74,6 +75,7 @@ class _NoDevice:
         return 0
 
 
+@functools.cache  # launches that differ in nothing that compilation looks at share one kernel
 def _inspect(compiled) -> Kernel:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

@@ -1,4 +1,4 @@
-"""The whole bilevel step once more, in plain PyTorch and autograd: the truth that the Megatron host is held against.
+"""The whole bilevel step once more, in plain PyTorch and autograd: the truth that ours is held against.
 
 Written from the equations (docs/design.md; arXiv 2406.19976), on one process, one full tensor per parameter, padded
 batches, no packing, no micro-batches. Of the package it knows only the names of the settings.

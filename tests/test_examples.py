@@ -10,8 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from megatron_scalebio import cli
 from megatron_scalebio.config import load_config
+from megatron_scalebio.dry_run import rehearsed
+from megatron_scalebio.plan.planner import Plan
+from megatron_scalebio.plan.report import layout_line, parameters_line
+from megatron_scalebio.plan.seconds import H100
+from megatron_scalebio.plan.sizes import GIB
 from megatron_scalebio.rules import check_config
+from megatron_scalebio.run import open_config
+from tests.plan.test_memory import with_layers
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -113,38 +121,63 @@ def test_settings_of_an_example_keep_the_rules(example, monkeypatch):
     check_config(load_config(str(REPOSITORY / "examples" / f"{example}.yaml"), []), world_size=2, vocab_size=None)
 
 
-@pytest.mark.parametrize(
-    "name, layout, parameters",
-    [
-        ("llama3_8b", "tensor 2 x pipeline 1 x data 4", 8_030_261_248),
-        ("gemma2_9b", "tensor 2 x pipeline 1 x data 4", 9_241_705_984),
-        ("qwen2_7b", "tensor 2 x pipeline 1 x data 4", 7_615_616_512),
-        ("qwen25_32b", "tensor 1 x pipeline 4 x data 2", 32_763_876_352),
-    ],
-)
-def test_a_large_model_is_rehearsed_without_gpu_and_weights_and_fits(tmp_path, name, layout, parameters):
-    """The numbers of parameters are those that the models' makers state."""
-    result = run_example(f"{name}_8xh100", tmp_path, "--dry-run", MODEL="", DATA_DIR="")
+def test_a_large_model_is_rehearsed_without_gpu_and_weights_and_fits(tmp_path):
+    result = run_example("qwen25_32b_8xh100", tmp_path, "--dry-run", MODEL="", DATA_DIR="")
     assert result.returncode == 0, result.stderr
-    assert layout in result.stdout and f"parameters: {parameters:,} each" in result.stdout
+    assert "neither MODEL nor DATA_DIR is set" in result.stdout and "source clean: " in result.stdout
+    assert "tensor 1 x pipeline 4 x data 2" in result.stdout and "parameters: 32,763,876,352 each" in result.stdout
     needed, available = re.search(r"^fits: .* needs ([0-9.]+) GiB of ([0-9.]+)$", result.stdout, re.M).groups()
     assert float(needed) < 64 < float(available)
 
 
-def test_both_32b_models_fit_on_one_h200(tmp_path):
-    result = run_example("qwen25_32b_1xh200", tmp_path, "--dry-run", MODEL="", DATA_DIR="")
-    assert result.returncode == 0, result.stderr
-    needed, available = re.search(r"^fits: .* needs ([0-9.]+) GiB of ([0-9.]+)$", result.stdout, re.M).groups()
-    assert 100 < float(needed) < 0.9 * float(available) and available == "139.8"
+LARGE = {  # layout, parameters as the models' makers state them, GiB of the fullest GPU: at least, at most, and its own
+    "llama3_8b_8xh100": ("8 ranks = tensor 2 x pipeline 1 x data 4", 8_030_261_248, 0, 64, 79.1),
+    "gemma2_9b_8xh100": ("8 ranks = tensor 2 x pipeline 1 x data 4", 9_241_705_984, 0, 64, 79.1),
+    "qwen2_7b_8xh100": ("8 ranks = tensor 2 x pipeline 1 x data 4", 7_615_616_512, 0, 64, 79.1),
+    "qwen25_32b_8xh100": ("8 ranks = tensor 1 x pipeline 4 x data 2", 32_763_876_352, 0, 64, 79.1),
+    "qwen25_32b_1xh200": ("1 ranks = tensor 1 x pipeline 1 x data 1", 32_763_876_352, 100, 0.9 * 139.8, 139.8),
+}
 
 
-def test_what_does_not_fit_is_said_with_the_part_that_breaks_it(tmp_path):
+@pytest.mark.parametrize("name", LARGE)
+def test_a_large_example_is_planned_to_fit(tmp_path, monkeypatch, name):
+    layout, parameters, least, most, available = LARGE[name]
+    plan = plan_of(name, tmp_path, monkeypatch)
+    assert layout in layout_line(plan) and f"parameters: {parameters:,} each" in parameters_line(plan)
+    assert plan.fits and least < plan.fullest.total / GIB < most
+    assert plan.memory / GIB == pytest.approx(available)
+
+
+@pytest.mark.parametrize("name", ["llama3_8b_8xh100", "gemma2_9b_8xh100", "qwen2_7b_8xh100"])
+def test_the_rehearsal_of_a_large_examples_first_layers_finds_the_plan_right(tmp_path, monkeypatch, name):
+    plan = plan_of(name, tmp_path, monkeypatch)
+    plan = Plan.of(with_layers(plan.config, 4), plan.world_size, plan.memory)
+    assert rehearsed(plan, 0).total == pytest.approx(plan.stages[0].total, rel=0.01)
+
+
+def test_what_does_not_fit_is_said_with_the_part_that_breaks_it(tmp_path, monkeypatch):
     """The 32B model's FP8 store switched off, and every rank holding all layers."""
     faults = ("precision.frozen_weights=bf16", "parallel.pipeline=1", "parallel.layers_per_stage=null")
-    result = run_example("qwen25_32b_8xh100", tmp_path, "--dry-run", *faults, MODEL="", DATA_DIR="")
-    assert result.returncode == 1
-    assert "does not fit: rank 0 (stage 0) needs" in result.stdout
-    assert "largest part: frozen weights" in result.stdout
+    plan = plan_of("qwen25_32b_8xh100", tmp_path, monkeypatch, *faults)
+    assert not plan.fits
+    assert plan.verdict.startswith("does not fit: rank 0 (stage 0) needs")
+    assert "largest part: frozen weights" in plan.verdict
+
+
+def plan_of(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Plan:
+    """The plan of the command that an example's script starts, with only config.json of its model and no data."""
+    put_program(folder / "python", '#!/bin/bash\nprintf "%s\\0" "$@" >"$LOG"\n')
+    model = str(REPOSITORY / "examples" / "models" / name.rpartition("_")[0])
+    folders = {"MODEL": model, "DATA_DIR": str(folder)}
+    result = run_example(name, folder, *arguments, PYTHON=str(folder / "python"), LOG=str(folder / "log"), **folders)
+    assert result.returncode == 0, result.stderr
+    module, package, *command = (folder / "log").read_text().split("\0")[:-1]
+    assert (module, package) == ("-m", "megatron_scalebio")
+    args = cli._parse(command)
+    for variable, value in folders.items():
+        monkeypatch.setenv(variable, value)
+    config = open_config(args.config, args.overrides, world_size=args.nproc)
+    return Plan.of(config, args.nproc, int(args.gpu_memory * GIB) if args.gpu_memory else H100.memory)
 
 
 @pytest.mark.parametrize("name", ["llama3_8b_8xh100", "smollm2_135m"])

@@ -1,4 +1,4 @@
-"""Short runs of the Megatron host for tests: the same examples, weights and draws under every layout.
+"""Short runs of the Megatron models for tests: the same examples, weights and draws under every layout.
 
 `run_case` runs a case on all ranks of its layout and puts their shards together: full tensors by global name.
 
@@ -281,7 +281,11 @@ def take_steps(case: Case) -> tuple[Place, list[Step]]:
 
 def run_case(case: Case) -> list[Step]:
     """The steps of a case, of full tensors. Fails where ranks hold different copies of anything."""
-    ranks = run_distributed(case.world_size, take_steps, case, interpret=case.interpret)
+    return join_steps(run_distributed(case.world_size, take_steps, case, interpret=case.interpret))
+
+
+def join_steps(ranks: list[tuple[Place, list[Step]]]) -> list[Step]:
+    """What `take_steps` gave on all ranks, put together."""
     places = [place for place, _ in ranks]
     return [join_step(places, list(steps)) for steps in zip(*(steps for _, steps in ranks), strict=True)]
 

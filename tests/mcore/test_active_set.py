@@ -1,4 +1,4 @@
-"""LISA on the host: what is active trains, what is frozen keeps its bits, and each byte is where it is meant to be."""
+"""LISA on both models: what is active trains, what is frozen keeps its bits, each byte is where it is meant to be."""
 
 import pytest
 import torch

@@ -1,8 +1,8 @@
 """Each family's decoder against transformers' own: token losses, and the gradient of their weighted sum.
 
-transformers runs the examples one by one with eager attention; the host runs them packed or padded, under every kind
+transformers runs the examples one by one with eager attention; ours runs them packed or padded, under every kind
 of layout. In fp64, with transformers kept from rounding norms, softmax and rotary angles to fp32, both add the same
-numbers in another order. That is the truth for fp32 too, where the host may be `ALLOWED` times as far from it as
+numbers in another order. That is the truth for fp32 too, where ours may be `ALLOWED` times as far from it as
 transformers is: it sums in another order, and 1.9 was measured for one gradient of many.
 
 Shapes: N loss tokens of all examples, V vocabulary.
@@ -359,9 +359,10 @@ def test_losses_and_gradients_equal_transformers_in_fp64(name, layout):
     assert max(found.values()) <= 1e-13, found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["packed", "TP2xPP2 with sequence parallelism"])
 @pytest.mark.parametrize("name", THEIRS)
 def test_losses_and_gradients_equal_transformers_to_fp32_rounding(name, layout):
+    """What a layout cuts and adds up shows in fp64, above, where nothing hides it."""
     theirs, ours = errors(theirs_in_fp32(name), name), errors(run_ours(name, layout, "fp32"), name)
     ratios = {key: error / theirs[key] for key, error in ours.items()}
     assert max(ratios.values()) <= ALLOWED, ratios

@@ -1,4 +1,4 @@
-"""The Megatron host against the independent implementation in tests/reference.py, five steps long.
+"""The Megatron models against the independent implementation in tests/reference.py, five steps long.
 
 In fp64 a step's gradients differ by the order of additions only: about 1e-14 of their norm. AdamW divides by
 sqrt(v) + eps, which turns that into at most 1e-14 / eps * lr = 1e-9 for a gradient far below eps and into 1e-14 * lr
@@ -54,7 +54,7 @@ CASES = {
 
 
 def take_reference_steps(case: Case, steps: list[Step], dtype: torch.dtype) -> tuple[ReferenceRun, list[StepRecord]]:
-    """The same case on the reference, which draws no layers: it is told which the host's steps had active."""
+    """The same case on the reference, which draws no layers: it is told which the steps had active."""
     config = case.config
     prior = PRIOR if config.bilevel.prior else None
     logits = START_LOGITS if config.bilevel.weights else [0.0] * case.num_sources

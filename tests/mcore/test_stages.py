@@ -4,6 +4,8 @@ computed below what trains.
 """
 
 from collections import Counter
+from collections.abc import Iterable
+from unittest import mock
 
 import pytest
 import torch
@@ -12,9 +14,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_scalebio.active_layers import Role
 from megatron_scalebio.anatomy import padded_vocab_size
+from megatron_scalebio.bilevel import StepResult
 from megatron_scalebio.plan.sizes import stage_layers as planned_layers
 from tests.distributed import run_distributed
-from tests.mcore.runs import MAX_LENGTH, VOCAB_SIZE, Case, RankRun, Step, initial_weights, run_case
+from tests.mcore.runs import (
+    MAX_LENGTH,
+    VOCAB_SIZE,
+    Case,
+    Place,
+    RankRun,
+    Step,
+    initial_weights,
+    join_steps,
+    run_case,
+    take_steps,
+)
 from tests.mcore.test_layouts import TIED, check_steps, on_one_rank
 from tests.mcore.test_parity import check_gradients, check_losses, check_weights, take_reference_steps
 
@@ -70,20 +84,22 @@ def test_each_stage_holds_the_layers_that_are_planned_for_it(name):
 
 @pytest.mark.parametrize("always_active", ALWAYS_ACTIVE)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_what_is_frozen_keeps_its_bits_and_the_rest_trains_as_in_the_reference(always_active, layout):
+def test_what_is_frozen_keeps_its_bits_the_rest_trains_and_no_gradient_is_computed_below_it(always_active, layout):
     overrides, world_size = LAYOUTS[layout]
     case = Case((*overrides, f"lisa.always_active={always_active}"), world_size, steps=len(DRAWS), draws=DRAWS)
-    check_against_reference(case)
+    ranks = run_distributed(world_size, take_counted_steps, case)
+    check_work(work for _, _, work in ranks)
+    check_against_reference(case, join_steps([(place, steps) for place, steps, _ in ranks]))
 
 
 @pytest.mark.parametrize("always_active", ["[]", "[final_norm]"])
 def test_a_tied_embedding_and_head_freeze_together(always_active):
     overrides = (TIED, PP2, f"lisa.always_active={always_active}")
-    check_against_reference(Case(overrides, 2, steps=len(DRAWS), draws=DRAWS))
+    case = Case(overrides, 2, steps=len(DRAWS), draws=DRAWS)
+    check_against_reference(case, run_case(case))
 
 
-def check_against_reference(case: Case) -> None:
-    steps = run_case(case)
+def check_against_reference(case: Case, steps: list[Step]) -> None:
     reference, records = take_reference_steps(case, steps, torch.float64)
     before = dict.fromkeys(Role, initial_weights(case))
     for step, record in zip(steps, records, strict=True):
@@ -117,27 +133,37 @@ class CountCalls(TorchDispatchMode):
 Work = tuple[int, int, int]  # FLOPs of matrix products, calls of attention's forward and backward pass
 
 
-def count_work(case: Case) -> list[tuple[Work, Work]]:
-    """On one rank, of each step: found and expected."""
-    run = RankRun(case)
-    return [count_step(run) for _ in range(case.steps)]
+def take_counted_steps(case: Case) -> tuple[Place, list[Step], list[tuple[Work, Work]]]:
+    """On every rank: its steps, and the work of each, found and expected."""
+    work, take_step = [], RankRun.take_step
+
+    def counted(run: RankRun) -> StepResult:
+        with FlopCounterMode(display=False) as flops, CountCalls() as counter:
+            result = take_step(run)
+        work.append((found_work(flops, counter), expected_work(run)))
+        return result
+
+    with mock.patch.object(RankRun, "take_step", counted):
+        return *take_steps(case), work
 
 
-def count_step(run: RankRun) -> tuple[Work, Work]:
-    with FlopCounterMode(display=False) as flops, CountCalls() as counter:
-        run.take_step()
+def found_work(flops: FlopCounterMode, counter: CountCalls) -> Work:
     products = counter_total(flops)
     forward = sum(n for name, n in counter.calls.items() if "attention" in name and not name.endswith("backward"))
     backward = sum(n for name, n in counter.calls.items() if "attention" in name and name.endswith("backward"))
-    expected_products = expected_forward = expected_backward = 0
+    return products, forward, backward
+
+
+def expected_work(run: RankRun) -> Work:
+    products = forward = backward = 0
     for role, num_micro_batches, num_loss_tokens in passes(run):
         num_tokens = num_micro_batches * run.config.data.micro_batch_size * MAX_LENGTH
-        expected_products += linear_flops(run, role, num_tokens) + head_flops(run, num_loss_tokens)
+        products += linear_flops(run, role, num_tokens) + head_flops(run, num_loss_tokens)
         num_layers, num_above = len(stage_layers(run)), len(layers_with_gradient(run, role))
         recomputed = num_above if run.config.parallel.recompute == "full" else 0
-        expected_forward += num_micro_batches * (num_layers + recomputed)
-        expected_backward += num_micro_batches * num_above
-    return (products, forward, backward), (expected_products, expected_forward, expected_backward)
+        forward += num_micro_batches * (num_layers + recomputed)
+        backward += num_micro_batches * num_above
+    return products, forward, backward
 
 
 def counter_total(flops: FlopCounterMode) -> int:
@@ -188,20 +214,16 @@ def head_flops(run: RankRun, num_loss_tokens: int) -> int:
     return 2 * num_loss_tokens * rows * run.config.model.shape.hidden_size * times
 
 
-@pytest.mark.parametrize("always_active", ALWAYS_ACTIVE)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_no_gradient_is_computed_below_the_lowest_layer_that_trains(always_active, layout):
-    check_work(*LAYOUTS[layout], f"lisa.always_active={always_active}")
-
-
 @pytest.mark.parametrize("mode", ["selective", "full"])
 @pytest.mark.parametrize("layout", ["one rank", "TP2xPP2 with sequence parallelism"])
 def test_nothing_is_computed_again_below_the_lowest_layer_that_trains(mode, layout):
-    check_work(*LAYOUTS[layout], "lisa.always_active=[]", f"parallel.recompute={mode}")
+    overrides, world_size = LAYOUTS[layout]
+    overrides += ("lisa.always_active=[]", f"parallel.recompute={mode}")
+    case = Case(overrides, world_size, steps=len(DRAWS), draws=DRAWS)
+    check_work(work for _, _, work in run_distributed(world_size, take_counted_steps, case))
 
 
-def check_work(layout: tuple[str, ...], world_size: int, *overrides: str) -> None:
-    case = Case((*layout, *overrides), world_size, steps=len(DRAWS), draws=DRAWS)
-    for steps in run_distributed(world_size, count_work, case):
+def check_work(ranks: Iterable[list[tuple[Work, Work]]]) -> None:
+    for steps in ranks:
         for found, expected in steps:
             assert found == expected

@@ -26,6 +26,7 @@ REPOSITORY = Path(__file__).parents[2]
 QWEN_32B = REPOSITORY / "examples" / "models" / "qwen25_32b"
 VOCAB_SIZE = 152_064
 H100_BYTES, H200_BYTES = H100.memory, H200.memory
+FEW_PERIODS = "bilevel.steps=40"  # a search looks at every period of every layout
 
 
 def qwen_32b(*overrides: str) -> Config:
@@ -69,7 +70,7 @@ def test_loads_are_the_means_over_the_draws():
 def test_a_plan_in_json_keeps_the_contract(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     arguments = ["plan", f"model.hf_path={QWEN_32B}", "parallel.tensor=2", "parallel.pipeline=4", "--gpus", "16"]
-    arguments.append("bilevel.steps=40")
+    arguments.append(FEW_PERIODS)
     assert cli.main([*arguments, "--gpu-memory", "79.1", "--json", "plan.json", "data.micro_batch_size=2"]) == 0
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["fits"] is True and plan["gpu_memory_bytes"] == H100_BYTES
@@ -99,7 +100,7 @@ def test_one_gpu_without_fp8_does_not_fit_and_the_breaking_part_is_named(capsys)
 def test_a_layout_for_another_number_of_gpus_is_told_and_others_are_searched(tmp_path, capsys):
     file = tmp_path / "plan.json"
     arguments = ["plan", f"model.hf_path={QWEN_32B}", "parallel.tensor=2", "parallel.pipeline=4", "--gpus", "12"]
-    arguments.append("bilevel.steps=40")
+    arguments.append(FEW_PERIODS)
     assert cli.main([*arguments, "--json", str(file)]) == 1
     assert "own layout does not run on 12 GPUs: parallel.tensor=2 times parallel.pipeline=4" in capsys.readouterr().out
     plan = json.loads(file.read_text())
@@ -122,6 +123,16 @@ def test_mistakes_are_refused(arguments, capsys):
 def test_a_dry_run_refuses_memory_that_no_gpu_has(gib):
     with pytest.raises(UserError, match="--gpu-memory .* positive and finite"):
         dry_run.dry_run(Run(qwen_32b(), None), 1, gib)
+
+
+@pytest.mark.parametrize("gib, status, verdict", [("1", 0, "\nfits: "), ("0.5", 1, "\ndoes not fit: rank 0 (stage 0)")])
+def test_a_dry_runs_verdict_is_its_exit_status(tmp_path, monkeypatch, capsys, gib, status, verdict):
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").write_text('{"prompt": "1", "response": "2"}\n' * 8)
+    settings = ["data.sources=[{name: a, path: a.jsonl}]", "data.validation=a.jsonl", "bilevel.global_batch_size=4"]
+    settings += ["model.shape.num_layers=2", "model.shape.hidden_size=64", "lisa.num_active_layers=1"]
+    assert cli.main(["train", "--dry-run", "--gpu-memory", gib, *settings]) == status
+    assert verdict in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("compute, told", [("bf16", False), ("fp8", True)])
@@ -151,7 +162,7 @@ def test_masters_on_the_host_are_those_of_the_period_that_has_most():
 def test_planning_starts_no_process_group_and_reads_no_data(tmp_path):
     """As a user types it, on a configuration whose data do not exist."""
     command = [sys.executable, str(REPOSITORY / "tools" / "plan_memory.py"), "--config"]
-    command += [str(REPOSITORY / "examples" / "qwen25_32b_8xh100.yaml"), "--gpus", "8"]
+    command += [str(REPOSITORY / "examples" / "qwen25_32b_8xh100.yaml"), "--gpus", "8", FEW_PERIODS]
     result = subprocess.run(
         command, cwd=tmp_path, env={"MODEL": str(QWEN_32B), "DATA_DIR": "absent"}, capture_output=True, text=True
     )
@@ -161,11 +172,11 @@ def test_planning_starts_no_process_group_and_reads_no_data(tmp_path):
 
 @pytest.mark.parametrize("overrides", [[], ["data.max_length=4096"], ["lisa.always_active=[final_norm]"]], ids=str)
 def test_layouts_found_fit_keep_the_rules_and_are_sorted(overrides):
-    config = qwen_32b(*overrides)
+    config = qwen_32b(FEW_PERIODS, *overrides)
     plans = search_layouts(config, 8, H100_BYTES, H100)
     assert len(plans) > 3
     for plan in plans:
-        chosen = qwen_32b(*overrides, *(setting.strip("'") for setting in settings_of(plan.config)))
+        chosen = qwen_32b(FEW_PERIODS, *overrides, *(setting.strip("'") for setting in settings_of(plan.config)))
         check_config(chosen, 8, VOCAB_SIZE)
         again = Plan.of(chosen, 8, H100_BYTES, H100)
         assert again.fits and again.fullest.total <= ROOM * H100_BYTES
@@ -192,7 +203,7 @@ def test_the_search_finds_what_a_look_at_every_layout_finds():
 
 
 def test_tighter_memory_finds_layouts_that_keep_less():
-    config = qwen_32b()
+    config = qwen_32b(FEW_PERIODS)
     roomy, tight = (search_layouts(config, 8, memory, H100)[0] for memory in (H100_BYTES, H100_BYTES // 2))
     assert tight.fullest.total <= ROOM * H100_BYTES // 2 < roomy.fullest.total
     assert tight.time.seconds > roomy.time.seconds

@@ -1,4 +1,4 @@
-"""Parameters and bytes by arithmetic equal what is published, and what the running host holds."""
+"""Parameters and bytes by arithmetic equal what is published, and what the running models hold."""
 
 from dataclasses import replace
 
@@ -60,7 +60,7 @@ def draws_of(config: Config, num_periods: int) -> list[dict[Role, list[int]]]:
 
 
 def held_bytes(config: Config, num_periods: int) -> list[dict[str, int]]:
-    """Bytes that the host's stores hold on this rank after each redraw."""
+    """Bytes that the models' stores hold on this rank after each redraw."""
     torch.set_num_threads(1)
     groups = start_process_groups(config.parallel, torch.device("cpu"))
     models = MegatronModels(config, groups, torch.device("cpu"))
@@ -98,7 +98,7 @@ def held_bytes(config: Config, num_periods: int) -> list[dict[str, int]]:
     ],
     ids=" ".join,
 )
-def test_bytes_equal_what_the_host_holds_after_every_draw(overrides):
+def test_bytes_equal_what_the_models_hold_after_every_draw(overrides):
     config, num_periods = a_config(*overrides), 4
     data_parallel = 2 // (config.parallel.tensor * config.parallel.pipeline)
     roles = list(Role) if config.bilevel.mode == "bilevel" else [Role.UPPER]

@@ -1,0 +1,39 @@
+"""The quick tier: with --quick, what a person runs while working; all else is left to the full tier."""
+
+import pytest
+
+# Chosen by cost: what needs no process of its own, or one rank. Of many ranks, one TP2 and one PP2 of each kind.
+QUICK_FILES = (
+    *("config/", "data/", "hf/", "plan/test_machine.py", "plan/test_planner.py", "show/", "test_active_layers.py"),
+    *("test_anatomy.py", "test_bilevel.py", "test_device.py", "test_docs.py", "test_golden.py", "test_losses.py"),
+    *("test_reference.py", "test_resolution.py", "test_source_weights.py", "test_structure.py"),
+    *("kernels/test_loss_sums.py", "tools/test_document_settings.py"),
+)
+# Of these files the tests in whose names one of the words is.
+QUICK_TESTS = {
+    "kernels/test_fp8.py": ("a_block_errs", "the_largest_number"),
+    "mcore/test_active_set.py": ("[independent draws]",),
+    "mcore/test_families.py": ("fp64[gemma2-packed]", "fp64[qwen3-TP2 with"),
+    "mcore/test_layouts.py": ("layout[TP2 with", "layout[tied, PP2]"),
+    "mcore/test_parity.py": ("fp64[default]", "fp64[paper]"),
+    "plan/test_sizes.py": ("published_models", "norms_again", "written_down_twice", "[parallel.pipeline=2 precision"),
+    "test_checkpoint.py": ("[one rank",),
+    "test_examples.py": ("is_planned_to_fit", "does_not_fit"),
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="run the quick tier alone, in under two minutes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("quick"):
+        chosen = {item for item in items if is_quick(item.nodeid)}
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = [item for item in items if item in chosen]
+
+
+def is_quick(nodeid: str) -> bool:
+    name = nodeid.removeprefix("tests/")
+    words = QUICK_TESTS.get(name.partition("::")[0], ())
+    return name.startswith(QUICK_FILES) or any(word in name for word in words)
