@@ -2,8 +2,9 @@
 
 transformers runs the examples one by one with eager attention; ours runs them packed or padded, under every kind
 of layout. In fp64, with transformers kept from rounding norms, softmax and rotary angles to fp32, both add the same
-numbers in another order. That is the truth for fp32 too, where ours may be `ALLOWED` times as far from it as
-transformers is: it sums in another order, and 1.9 was measured for one gradient of many.
+numbers in another order. That is the truth for fp32 too: losses may be ten units of its roundoff, 2^-24, away from it,
+gradients a hundred, as on paths of so many roundings; no processor has a say in that. Seen were 1.9 and 30, and of
+transformers in fp32 1.9 and 22.
 
 Shapes: N loss tokens of all examples, V vocabulary.
 """
@@ -50,7 +51,7 @@ from tests.configs import resolved
 from tests.distributed import run_distributed
 from tests.mcore.runs import MAX_LENGTH, VOCAB_SIZE, Place, Shard, Shards, join, place_of, random_examples
 
-ALLOWED = 3.0
+LOSS_ROUNDINGS, GRADIENT_ROUNDINGS = 10, 100
 MODELING = (modeling_gemma2, modeling_llama, modeling_mistral, modeling_qwen2, modeling_qwen3, rope_utils)
 WINDOW = 5
 HIDDEN, FFN, HEADS, GROUPS = 32, 48, 4, 2
@@ -209,11 +210,6 @@ def truth(name: str) -> Found:
         return run_transformers(name, torch.float64)
 
 
-@cache
-def theirs_in_fp32(name: str) -> Found:
-    return run_transformers(name, torch.float32)
-
-
 def run_transformers(name: str, dtype: torch.dtype) -> Found:
     model = AutoModelForCausalLM.from_config(THEIRS[name], attn_implementation="eager", dtype=dtype)
     model.load_state_dict(their_weights(name), strict=False)  # a tied head is no parameter of its own
@@ -363,9 +359,9 @@ def test_losses_and_gradients_equal_transformers_in_fp64(name, layout):
 @pytest.mark.parametrize("name", THEIRS)
 def test_losses_and_gradients_equal_transformers_to_fp32_rounding(name, layout):
     """What a layout cuts and adds up shows in fp64, above, where nothing hides it."""
-    theirs, ours = errors(theirs_in_fp32(name), name), errors(run_ours(name, layout, "fp32"), name)
-    ratios = {key: error / theirs[key] for key, error in ours.items()}
-    assert max(ratios.values()) <= ALLOWED, ratios
+    found = errors(run_ours(name, layout, "fp32"), name)
+    assert found.pop("losses") <= LOSS_ROUNDINGS * 2**-24
+    assert max(found.values()) <= GRADIENT_ROUNDINGS * 2**-24, found
 
 
 SHAPE = "model.shape."
@@ -385,11 +381,10 @@ MISTAKES = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_would_show(mistake):
-    """In the losses, and a hundred times above what is allowed."""
+    """In the losses, and fifty times above what is allowed."""
     name, changed, fault = MISTAKES[mistake]
-    allowed = ALLOWED * errors(theirs_in_fp32(name), name)["losses"]
     found = errors(run_ours(name, "packed", "fp32", changed, fault), name)["losses"]
-    assert found > 100 * allowed
+    assert found > 50 * LOSS_ROUNDINGS * 2**-24
 
 
 def run_rounded(weight: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
