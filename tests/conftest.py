@@ -27,13 +27,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("quick"):
-        chosen = {item for item in items if is_quick(item.nodeid)}
-        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-        items[:] = [item for item in items if item in chosen]
-
-
-def is_quick(nodeid: str) -> bool:
-    name = nodeid.removeprefix("tests/")
-    words = QUICK_TESTS.get(name.partition("::")[0], ())
-    return name.startswith(QUICK_FILES) or any(word in name for word in words)
+    if not config.getoption("quick"):
+        return
+    wanted = [(file, "") for file in QUICK_FILES]
+    wanted += [(file, word) for file, words in QUICK_TESTS.items() for word in words]
+    chosen, found = [], set()
+    for item in items:
+        name = item.nodeid.removeprefix("tests/")
+        reasons = {(file, word) for file, word in wanted if name.startswith(file) and word in name}
+        found |= reasons
+        chosen += [item] if reasons else []
+    absent = [f"{file} {word}" for file, word in wanted if (file, word) not in found]
+    if absent and config.args_source is pytest.Config.ArgsSource.TESTPATHS:
+        raise pytest.UsageError(f"the quick tier of tests/conftest.py names tests that are not there: {absent}")
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
