@@ -9,6 +9,9 @@ import json
 import logging
 import os
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -58,7 +61,8 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)  # what an interrupted save of ours left behind
         partial.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(models.sharded_tensors(), str(partial), verify_integrity=True)
+    with _spawning_without_main():
+        dist_checkpointing.save(models.sharded_tensors(), str(partial), verify_integrity=True)
     models_state = models.state()
     if dist.get_rank() == 0:
         content = {
@@ -72,6 +76,19 @@ def save_checkpoint(
         (partial / "state.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         os.rename(partial, final)
     dist.barrier()
+
+
+@contextmanager
+def _spawning_without_main() -> Iterator[None]:
+    """Megatron-Core's writer spawns a process, which would import the user's own script again, and so run it, wherever
+    it does not ask for its name; the process needs nothing of it."""
+    main = vars(sys.modules["__main__"])
+    kept = {name: main.pop(name) for name in ("__file__", "__spec__") if name in main}
+    main["__spec__"] = None
+    try:
+        yield
+    finally:
+        main.update(kept)
 
 
 def read_state(path: Path, config: Config, dataset_fingerprint: str | None) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """A run is opened from a file, from settings or from a configuration: whole, checked, and refused in words."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,27 @@ def test_a_folder_that_holds_another_run_is_refused_before_the_tokenizer_is_look
         open_run(None, [*given, "data.tokenizer=/nowhere"])
     with pytest.raises(UserError, match="no such file or folder"):
         open_run(None, [*given, "data.tokenizer=/nowhere"], writes=False)
+
+
+SCRIPT = """
+import sys
+from megatron_scalebio import Trainer, open_run
+
+trainer = Trainer(open_run(None, sys.argv[1:]))
+status = trainer.train()
+print("status", status, "weights", sorted(trainer.weights))
+"""
+
+
+@pytest.mark.parametrize("from_file", [True, False], ids=["a file", "standard input"])
+def test_a_script_that_does_not_ask_for_its_name_trains_and_saves(given, tmp_path, from_file):
+    """Megatron-Core's writer spawns a process: it must not run the script a second time."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    shape = ("model.shape.num_layers=2", "model.shape.hidden_size=32", "data.max_length=32", "bilevel.steps=2")
+    command = [sys.executable, str(tmp_path / "script.py") if from_file else "-", *given, *shape]
+    done = subprocess.run(command, input=SCRIPT, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "status 0 weights ['a', 'b']" in done.stdout and (tmp_path / "run" / "checkpoints" / "step_2").is_dir()
 
 
 def test_a_plan_wants_resolved_settings_and_ranks_that_fit_them():
