@@ -6,7 +6,7 @@ import pytest
 QUICK_FILES = (
     *("config/", "data/", "hf/", "plan/test_machine.py", "plan/test_planner.py", "show/", "test_active_layers.py"),
     *("test_anatomy.py", "test_bilevel.py", "test_device.py", "test_docs.py", "test_golden.py", "test_losses.py"),
-    *("test_reference.py", "test_resolution.py", "test_source_weights.py", "test_structure.py"),
+    *("test_reference.py", "test_resolution.py", "test_run.py", "test_source_weights.py", "test_structure.py"),
     *("kernels/test_loss_sums.py", "tools/test_document_settings.py"),
 )
 # Of these files the tests in whose names one of the words is.
