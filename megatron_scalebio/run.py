@@ -119,7 +119,8 @@ def _load(config: str | Path | Config | None, overrides: Sequence[str]) -> Confi
     else:
         path, changes = None if config is None else str(config), list(overrides)
         given, loaded = given_settings(path, changes), load_config(path, changes)
-        if path is not None and changes:  # the file may be a run's config.yaml, in which nothing is null
+        every = flatten(Config()).keys()
+        if path is not None and changes and given_settings(path, []).keys() >= every:  # a run's config.yaml, resolved
             before = flatten(without_derived(load_config(path, [])))
             follow = [key for key in DERIVED if before[key] is None and key not in given_settings(None, changes)]
             loaded = changed(loaded, dict.fromkeys(follow))

@@ -62,6 +62,11 @@ def test_what_was_given_stays_where_a_runs_configuration_is_changed(tmp_path):
     assert open_config(tmp_path / "config.yaml", ["optimizer.lr=1e-3"]).optimizer.lr_lower == 3e-6
 
 
+def test_what_a_file_of_ones_own_gives_stays_though_it_is_what_would_be_derived(tmp_path):
+    (tmp_path / "mine.yaml").write_text("optimizer: {lr: 2.0e-6, lr_lower: 2.0e-6}\n")
+    assert open_config(tmp_path / "mine.yaml", ["optimizer.lr=1e-3"]).optimizer.lr_lower == 2e-6
+
+
 def test_a_folder_that_holds_another_run_is_refused_before_the_tokenizer_is_looked_for(given, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "weights.json").write_text("{}")

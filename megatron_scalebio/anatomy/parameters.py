@@ -110,7 +110,7 @@ def sizes_of(shape: ShapeConfig) -> Sizes:
         head=size,
         queries=shape.num_attention_heads * size,
         keys=shape.num_query_groups * size,
-        vocabulary=shape.vocab_size or 0,
+        vocabulary=shape.vocab_size,
     )
 
 
