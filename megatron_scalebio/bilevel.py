@@ -8,7 +8,8 @@ K sources with logits lambda and weights p = softmax(lambda); two copies of one 
 
 All losses are taken at the parameters before any update, on the same training batch for both models. No second-order
 derivative: the models meet the outer problem only through the two K-vectors of losses. A source that a batch lacks
-(natural sampling) has the loss 0 in both models, as in the original.
+(natural sampling) has the loss 0 in both models, as in the original; where sources take turns (adaptive sampling, more
+of them than examples), L_i is the mean over the batch's examples times `StepBatch.scale`, which is unbiased.
 """
 
 import math
@@ -16,6 +17,7 @@ import zlib
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from megatron_scalebio.active_layers import Role
@@ -102,7 +104,8 @@ class Bilevel:
         alpha, p = self.penalty_alpha(step), self.source_weights.weights
         fixed = settings.mode == "fixed"
 
-        train = [self._train_coefs(part, batch, alpha * p) for part in batch.train]
+        scale = torch.tensor(batch.scale, dtype=torch.float64)
+        train = [self._train_coefs(part, batch, alpha * p * scale) for part in batch.train]
         lower_train = Pass(Role.LOWER, "train", batch.train, train, len(p))
         upper_train = Pass(Role.UPPER, "train", batch.train, train, len(p))
         upper_validation = evaluation_pass(
@@ -128,7 +131,7 @@ class Bilevel:
         loss_lower, loss_upper, validation_loss = losses
         rates = {Role.LOWER: lr_lower, Role.UPPER: lr}
         norms = {role: models.step(role, rates[role], max_norm) for role in rates}
-        gap = loss_upper - loss_lower
+        gap = scale * (loss_upper - loss_lower)
         logits_lr = rate(
             settings.logits_lr,
             settings.logits_schedule,

@@ -258,7 +258,8 @@ def _sources(config: Config) -> list[str]:
     if data.sampling == "stratified" and len(names) > bilevel.global_batch_size:
         problems.append(
             f"data.sampling=stratified needs an example of each of {len(names)} sources in every batch:"
-            f" raise bilevel.global_batch_size={bilevel.global_batch_size}"
+            f" raise bilevel.global_batch_size={bilevel.global_batch_size}, or set data.sampling=adaptive, under which"
+            " they take turns"
         )
     if bilevel.prior is not None:
         problems += _mapping("bilevel.prior", bilevel.prior, names, zero_allowed=False)

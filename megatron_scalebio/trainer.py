@@ -132,7 +132,7 @@ class Trainer:
         step = self.step + 1
         self._redraw(self._draw(step))
         with span(Span.BATCH):
-            batch = self.sampler.step(step)
+            batch = self.sampler.step(step, self.source_weights.weights.tolist())
         result = self.bilevel.step(self.models, step, batch, self.active_layers)
         self.step = step
         return batch, result
@@ -163,7 +163,11 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of the state after the last step taken."""
-        run_state = {"source_weights": self.source_weights.state_dict(), "active_layers": self.active_layers}
+        run_state = {
+            "source_weights": self.source_weights.state_dict(),
+            "sampler": self.sampler.state_dict(),
+            "active_layers": self.active_layers,
+        }
         save_checkpoint(self.config, self.step, self.dataset.fingerprint, run_state, self.models.persistence)
 
     def record(self, batch: StepBatch, result: StepResult) -> StepRecord:
@@ -224,6 +228,7 @@ class Trainer:
         self._redraw({Role(role): layers for role, layers in state["active_layers"].items()})
         load_models(checkpoint, state, self.models.persistence)
         self.source_weights.load_state_dict(state["source_weights"])
+        self.sampler.load_state_dict(state.get("sampler"))
         self.step = state["step"]
 
     def _tell_non_finite(self, error: NonFinite) -> None:

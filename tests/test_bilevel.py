@@ -84,7 +84,8 @@ def micro_batch(source_ids: list[int]) -> MicroBatch:
 def batch() -> StepBatch:
     ones = [1] * NUM_SOURCES
     rows = Rows([1] * NUM_SOURCES, []), Rows([1], [])
-    return StepBatch([micro_batch([0, 1, 2])], [micro_batch([0])], ones, ones, 1, 1, NUM_SOURCES + 1, *rows)
+    scale = [1.0] * NUM_SOURCES
+    return StepBatch([micro_batch([0, 1, 2])], [micro_batch([0])], ones, ones, scale, 1, 1, NUM_SOURCES + 1, *rows)
 
 
 def config(*overrides: str) -> Config:

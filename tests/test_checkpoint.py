@@ -34,6 +34,7 @@ CASES = {
     "PP2, bf16, tied": (2, (PP2, TIED)),
     "DP2, bf16": (2, (INDEPENDENT,)),
     "DP2xPP2, bf16": (4, (PP2, INDEPENDENT)),
+    "DP2, bf16, adaptive draws": (2, ("data.sampling=adaptive", "bilevel.logits_lr=0.3")),
     "DP2, fp8 frozen, moments in bf16": (2, (FP8, "optimizer.moments=bf16")),
     "TP2xPP2, fp8 frozen, moments in fp8": (4, (TP2, PP2, FP8, "optimizer.moments=fp8")),
 }
@@ -120,8 +121,8 @@ def train(folder: Path, overrides: tuple[str, ...], seed: int = 0, poisoned_step
     trainer = Trainer(Run(config_of(folder, overrides), small_dataset(seed)))
     started, sample = trainer.step, trainer.sampler.step
 
-    def sample_with_poison(step: int):
-        batch = sample(step)
+    def sample_with_poison(step: int, weights: list[float]):
+        batch = sample(step, weights)
         if step != poisoned_step or dist.get_rank() != 1:
             return batch
         first, *rest = batch.train

@@ -37,7 +37,7 @@ INNER_FLOORS = {
         *(("search", "machine"), ("report",)),
     ),
     "show": (("charts", "record", "step_trace"), ("console", "metrics"), ("writers", "report")),
-    "data": (("batch", "records", "tokenizers"), ("templates",), ("dataset",), ("packing",), ("sampler",)),
+    "data": (("batch", "records", "shares", "tokenizers"), ("templates",), ("dataset",), ("packing",), ("sampler",)),
     "mcore": (
         ("attention", "host_masters", "memory_tracker", "process_groups", "schedule_spans", "te_linear"),
         ("linear", "parameters"),

@@ -36,6 +36,7 @@ BETAS = Range(
     "two numbers from 0 up to, not including, 1",
     lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
 )
+UNIT = Range("a share, from 0 to 1", lambda value: 0 <= value <= 1)
 SHARE = Range("a share of bilevel.steps, from 0 up to, not including, 1", lambda value: 0 <= value < 1)
 
 
@@ -118,8 +119,12 @@ class DataConfig:
     micro_batch_size: int = setting(1, "rows of max_length positions", at_least(1))
     sampling: Filled[str] = setting(
         None,
-        "stratified: equal shares of the sources in every batch; natural: in proportion to their records",
-        choices=("stratified", "natural"),
+        "stratified: equal shares of the sources in every batch; natural: in proportion to their records; adaptive: by"
+        " their weights (see shares.py)",
+        choices=("stratified", "natural", "adaptive"),
+    )
+    exploration: float = setting(
+        0.25, "adaptive, while weights are learned: share of the batch that all sources get equally", UNIT
     )
     response_loss_only: bool = setting(True, "false: prompts carry loss, too")
 

@@ -45,6 +45,7 @@ class StepBatch:
     validation: list[MicroBatch]  # this rank's; as many on every rank; empty when bilevel.mode is fixed
     num_examples: list[int]  # [K] n_i: training examples of each source in the global batch (usable: t_e > 0)
     num_loss_tokens: list[int]  # [K] training tokens that carry loss, per source, in the global batch
+    scale: list[float]  # [K] what a source's mean loss counts for: 1, unless sources take turns (see shares.py)
     num_validation_examples: int  # global
     num_validation_loss_tokens: int  # global
     num_tokens: int  # global, train and validation each counted once, padding excluded

@@ -1,11 +1,14 @@
-"""Which examples a step sees: a pure function of (seed, step), so that resuming needs no state.
+"""Which examples a step sees: under stratified and natural sampling a pure function of (seed, step), so that resuming
+needs no state; under adaptive sampling of the seed and the weights so far, whose draws a checkpoint keeps.
 
 K sources, B = bilevel.global_batch_size. A stream is an endless sequence of one pool's examples: a fresh permutation
-per epoch. Where step t reads its streams has a closed form, so late steps cost no more than early ones.
+per epoch. Where a step reads its streams is one number for each, so late steps cost no more than early ones.
 """
 
 import hashlib
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +16,7 @@ from megatron_scalebio.config import Config
 from megatron_scalebio.data.batch import MicroBatch, Rows, StepBatch
 from megatron_scalebio.data.dataset import Dataset, Example
 from megatron_scalebio.data.packing import build_micro_batch, plan_microbatches, rows_of
+from megatron_scalebio.data.shares import AdaptiveShares
 
 
 class Sampler:
@@ -25,20 +29,25 @@ class Sampler:
         self._validation_batch_size = config.bilevel.validation_batch_size
         self._rank, self._size = data_parallel_rank, data_parallel_size
         seed = config.run.seed
-        if config.data.sampling == "stratified":
+        if config.data.sampling == "natural":
+            self._streams = [_Stream([example for source in dataset.train for example in source], f"{seed}/pooled")]
+        else:
             self._streams = [
                 _Stream(examples, f"{seed}/train/{name}")
                 for name, examples in zip(dataset.source_names, dataset.train, strict=True)
             ]
-        else:
-            self._streams = [_Stream([example for source in dataset.train for example in source], f"{seed}/pooled")]
+        self._shares = _adaptive_shares(config, len(dataset.train)) if config.data.sampling == "adaptive" else None
         self._validation = _Stream(dataset.validation, f"{seed}/validation")
 
-    def step(self, step: int) -> StepBatch:
-        """The batch of `step`, counted from 1. num_tokens counts input positions: n - 1 for an example of n tokens."""
+    def step(self, step: int, weights: Sequence[float] = ()) -> StepBatch:
+        """The batch of `step`, counted from 1. num_tokens counts input positions: n - 1 for an example of n tokens.
+
+        Args:
+            weights: [K] of the sources before the step, for adaptive sampling, whose steps are drawn one after another.
+        """
         if step < 1:
             raise ValueError(f"steps count from 1, not {step}")
-        train = self._train_examples(step)
+        train, scale = self._train_examples(step, weights)
         validation = []
         if self._dataset.validation:
             size = self._validation_batch_size
@@ -51,6 +60,7 @@ class Sampler:
             validation=self._microbatches(validation),
             num_examples=np.bincount(source_ids, minlength=num_sources).tolist(),
             num_loss_tokens=np.bincount(source_ids, loss_tokens, num_sources).astype(int).tolist(),
+            scale=scale,
             num_validation_examples=len(validation),
             num_validation_loss_tokens=sum(example.num_loss_tokens for example in validation),
             num_tokens=sum(example.num_positions for example in [*train, *validation]),
@@ -63,16 +73,37 @@ class Sampler:
         test = self._dataset.test
         return self._microbatches(test), sum(example.num_loss_tokens for example in test)
 
-    def _train_examples(self, step: int) -> list[Example]:
+    def state_dict(self) -> dict[str, Any] | None:
+        """What later steps depend on beside the settings; None if nothing does."""
+        return None if self._shares is None else self._shares.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        if self._shares is not None and state is not None:
+            self._shares.load_state_dict(state)
+
+    def _train_examples(self, step: int, weights: Sequence[float]) -> tuple[list[Example], list[float]]:
+        """Training examples, and `StepBatch.scale`."""
+        if self._shares is None:
+            spans, scale = self._equal_spans(step), [1.0] * len(self._dataset.train)
+        else:
+            if step != self._shares.num_batches + 1:
+                raise ValueError(f"step {step} follows {self._shares.num_batches} batches: adaptive draws go in order")
+            share = self._shares.next(list(weights))
+            spans = [(start, start + count) for start, count in zip(share.start, share.num_examples, strict=True)]
+            scale = share.scale
+        taken = [stream.take(*span) for stream, span in zip(self._streams, spans, strict=True)]
+        return [example for examples in taken for example in examples], scale
+
+    def _equal_spans(self, step: int) -> list[tuple[int, int]]:
         """Of K streams each gives B // K examples; the remainder goes round, one source after the other."""
         num_streams = len(self._streams)
         share, remainder = divmod(self._batch_size, num_streams)
-        examples = []
-        for index, stream in enumerate(self._streams):
+
+        def drawn(index: int, steps: int) -> int:
             # Extras go to sources 0, 1, .., K - 1, 0, .. in turn: by step t source i got ceil((t * remainder - i) / K).
-            start, stop = (t * share + -((index - t * remainder) // num_streams) for t in (step - 1, step))
-            examples += stream.take(start, stop)
-        return examples
+            return steps * share + -((index - steps * remainder) // num_streams)
+
+        return [(drawn(index, step - 1), drawn(index, step)) for index in range(num_streams)]
 
     def _microbatches(self, examples: list[Example]) -> list[MicroBatch]:
         data = self._data
@@ -89,6 +120,13 @@ class Sampler:
     def _rows(self, examples: list[Example]) -> Rows:
         data, lengths = self._data, [example.num_positions for example in examples]
         return rows_of(lengths, data.max_length, data.packing, data.micro_batch_size, self._size)
+
+
+def _adaptive_shares(config: Config, num_sources: int) -> AdaptiveShares:
+    """While the weights are learned every source must be measured; where they are given, they alone decide."""
+    learns = config.bilevel.mode == "bilevel"
+    exploration = config.data.exploration if learns else 0.0
+    return AdaptiveShares(num_sources, config.bilevel.global_batch_size, exploration, at_least_one=learns)
 
 
 class _Stream:

@@ -1,3 +1,4 @@
+import json
 from collections import Counter
 
 import pytest
@@ -181,6 +182,49 @@ def test_the_draw_is_the_same_on_every_machine(config):
     batch = sampler_of(load_dataset(config), config, 0, 1).step(2)
     prompts = sorted(bytes(tokens).split(b"\n")[0].decode().rstrip(".") for _, tokens, _ in examples_of(batch.train))
     assert " ".join(prompts) == "a1 a4 b4 c1 c10 c2 c4 c5"
+
+
+def test_adaptive_batches_hold_the_shares_and_read_each_source_epoch_by_epoch(config):
+    config.data.sampling, config.data.exploration = "adaptive", 0.3
+    dataset = load_dataset(config)
+    sampler, second = (sampler_of(dataset, config, rank, 2) for rank in range(2))
+    seen = [Counter() for _ in range(3)]
+    for step in range(1, 22):
+        weights = [0.7, 0.2, 0.1] if step % 2 else [0.1, 0.1, 0.8]
+        shares = [each.step(step, weights) for each in (sampler, second)]
+        drawn = sum((examples_of(share.train) for share in shares), Counter())
+        assert shares[0].num_examples == shares[1].num_examples
+        for source in range(3):
+            of_source = Counter({key: times for key, times in drawn.items() if key[0] == source})
+            assert sum(of_source.values()) == shares[0].num_examples[source] >= 1
+            seen[source] += of_source
+    for source, examples in enumerate(dataset.train):  # whole epochs, and the one that is begun
+        times = set(seen[source].values())
+        assert set(seen[source]) == set(epoch_of(examples)) and max(times) - min(times) <= 1
+
+
+def test_adaptive_draws_go_in_order_and_continue_from_their_state(config):
+    config.data.sampling = "adaptive"
+    dataset = load_dataset(config)
+    sampler = sampler_of(dataset, config, 0, 1)
+    weights = [[0.1 * step, 0.2, 0.8 - 0.1 * step] for step in range(1, 7)]
+    expected = [sampler.step(step, weights[step - 1]) for step in range(1, 4)]
+    state = json.loads(json.dumps(sampler.state_dict()))
+    expected = [sampler.step(step, weights[step - 1]) for step in range(4, 7)]
+    resumed = sampler_of(dataset, config, 0, 1)
+    with pytest.raises(ValueError, match="step 4 follows 0 batches"):
+        resumed.step(4, weights[3])
+    resumed.load_state_dict(state)
+    for step, batch in zip(range(4, 7), expected, strict=True):
+        assert equal(resumed.step(step, weights[step - 1]), batch)
+
+
+def test_in_fixed_mode_an_adaptive_batch_is_drawn_by_the_weights_alone(config):
+    config.data.sampling, config.bilevel.mode = "adaptive", "fixed"
+    sampler = sampler_of(load_dataset(config), config, 0, 1)
+    batches = [sampler.step(step, [0.75, 0.25, 0.0]) for step in range(1, 5)]
+    assert [batch.num_examples for batch in batches] == [[6, 2, 0]] * 4  # of 8; weight 0 costs nothing
+    assert all(batch.scale == [1.0, 1.0, 1.0] for batch in batches)
 
 
 def test_test_batches_hold_each_test_example_once(config):

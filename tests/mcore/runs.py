@@ -116,6 +116,7 @@ def step_batch(case: Case, step: int, data_rank: int, data_size: int) -> StepBat
         num_loss_tokens=[
             sum(int(e.loss_mask.sum()) for e in train if e.source_id == source) for source in range(case.num_sources)
         ],
+        scale=[1.0] * case.num_sources,
         num_validation_examples=len(validation),
         num_validation_loss_tokens=sum(int(e.loss_mask.sum()) for e in validation),
         num_tokens=sum(e.num_positions for e in [*train, *validation]),
