@@ -161,8 +161,13 @@ class Bilevel:
 
 
 def evaluation_pass(
-    split: str, micro_batches: list[MicroBatch], num_examples: int, num_loss_tokens: int, unit: str
+    split: str,
+    micro_batches: list[MicroBatch],
+    num_examples: int,
+    num_loss_tokens: int,
+    unit: str,
+    role: Role = Role.UPPER,
 ) -> Pass:
-    """The upper model over validation or test examples; the counts are those of all ranks together."""
+    """A model over validation or test examples; the counts are those of all ranks together."""
     coefs = [evaluation_coefs(part.example_loss_tokens, num_examples, num_loss_tokens, unit) for part in micro_batches]
-    return Pass(Role.UPPER, split, micro_batches, coefs, 1)
+    return Pass(role, split, micro_batches, coefs, 1)

@@ -1,4 +1,4 @@
-"""The command line: python -m megatron_scalebio train | launch | plan.
+"""The command line: python -m megatron_scalebio train | launch | plan | compare.
 
 Exit status: 0; 2 for a user's mistake, told in one message; 130 and 143 after SIGINT and SIGTERM; 1 otherwise, and
 where a planned layout does not fit.
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megatron_scalebio.config import UserError
 
     try:
-        return {"train": _train, "launch": _launch, "plan": _plan}[args.command](args)
+        return {"train": _train, "launch": _launch, "plan": _plan, "compare": _compare}[args.command](args)
     except UserError as error:
         report_user_error(str(error))
         return EXIT_USER_ERROR
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("megatron_scalebio", description="Learns source weights while it fine-tunes.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | launch | plan")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | launch | plan | compare")
     dry_run = {"action": "store_true", "help": "check everything, print the plan, train nothing"}
 
     train = commands.add_parser("train", help="train in this process, or as one rank of torchrun or Slurm")
@@ -84,9 +84,31 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     plan.add_argument("--json", metavar="FILE", help="write the plan there, too")
     plan.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that override the file's")
 
+    compare = commands.add_parser(
+        "compare",
+        help="whether learned weights pay: arms at equal FLOPs over seeds, on the test set",
+        description="Trains arms one after another, each with the same executed FLOPs and seeds, the learning of"
+        " weights included, and writes compare.json and compare.html into run.output_dir. Started again, it does what"
+        " is missing. Arms are not told apart by their means but by their differences seed by seed.",
+    )
+    compare.add_argument("--config", metavar="FILE", help="YAML file with the settings")
+    compare.add_argument("--arms", required=True, metavar="A,B,...", help="'all', or some of: see README")
+    compare.add_argument("--seeds", type=int, default=3, metavar="N", help="1 to N; default: %(default)s")
+    compare.add_argument("--budget", type=float, metavar="FLOPS", help="executed, of each arm with each seed")
+    compare.add_argument("--steps", type=int, metavar="N", help="budget: that of N bilevel steps; default: the file's")
+    compare.add_argument(
+        *("--learning-share",),
+        **{"type": float, "default": 0.5, "metavar": "S"},
+        help="of the budget, to learn or to search for weights before a fresh model is trained; default: %(default)s",
+    )
+    compare.add_argument("--mixtures", type=int, default=8, metavar="N", help="of arm random; default: %(default)s")
+    compare.add_argument("--nproc", type=int, metavar="N", help="ranks of a run; default: tensor * pipeline")
+    compare.add_argument("--at-once", type=int, default=1, metavar="N", help="runs at a time; default: %(default)s")
+    compare.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that override the file's")
+
     # What these parsers leave over are overrides that follow an option; load_config refuses what is not one.
     args, surplus = parser.parse_known_args(argv)
-    if args.command in ("train", "plan"):
+    if args.command in ("train", "plan", "compare"):
         args.overrides += surplus
         return args
     if surplus or args.train[:1] != ["train"]:
@@ -118,8 +140,9 @@ def _train(args: argparse.Namespace) -> int:
     status, folder = train(run), RunFolder(Path(run.config.run.output_dir))
     if is_main_rank() and folder.weights.exists():
         print(f"report: {write_report(folder.path)}")
-        if folder.hf.exists():
-            print(f"model: {folder.hf}")
+        for model in (folder.exported(role) for role in ("upper", "lower")):
+            if model.exists():
+                print(f"model: {model}")
         if status in EXITS_ON_SIGNAL:
             print("stopped by a signal, checkpoint saved: run.resume=auto continues from it")
     return status
@@ -163,3 +186,21 @@ def _plan(args: argparse.Namespace) -> int:
         raise UserError(f"--gpus {args.gpus}, --gpu-memory {args.gpu_memory}: must be positive and finite")
     config = open_config(args.config, args.overrides)
     return 0 if write_plan(config, args.gpus, args.gpu_memory, args.json) else 1
+
+
+def _compare(args: argparse.Namespace) -> int:
+    _quiet_megatron()
+    from megatron_scalebio.compare import compare
+
+    return compare(
+        args.config,
+        args.overrides,
+        arms=None if args.arms == "all" else [name.strip() for name in args.arms.split(",")],
+        seeds=args.seeds,
+        budget_flops=args.budget,
+        steps=args.steps,
+        learning_share=args.learning_share,
+        mixtures=args.mixtures,
+        num_ranks=args.nproc,
+        at_once=args.at_once,
+    )

@@ -30,10 +30,9 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    @property
-    def hf(self) -> Path:
-        """The exported model."""
-        return self.path / "hf"
+    def exported(self, role: str) -> Path:
+        """A model as a Hugging Face checkpoint: the upper's, which is what a run is for, or the lower's."""
+        return self.path / ("hf" if role == "upper" else f"hf_{role}")
 
     @property
     def report(self) -> Path:
@@ -54,7 +53,8 @@ class RunFolder:
 
     def outputs(self) -> list[str]:
         """The names of those that exist."""
-        outputs = (self.weights, self.metrics, self.config, self.checkpoints, self.hf, self.report, self.profile)
+        models = (self.exported("upper"), self.exported("lower"))
+        outputs = (self.weights, self.metrics, self.config, self.checkpoints, *models, self.report, self.profile)
         return [output.name for output in outputs if output.exists()]
 
 

@@ -105,11 +105,12 @@ class Trainer:
                     return 1
                 trace.end(self.step)
                 last = self.step == num_steps
-                if last or stopped_by or _due(self.step, config.run.save_every):
+                if (last and config.run.save_last) or stopped_by or _due(self.step, config.run.save_every):
                     self.save()
                 if stopped_by and not last:
                     return 128 + stopped_by
-        return self._export() if config.run.export else 0
+        statuses = [self._export(role) for role in self._exported()] if config.run.export else []
+        return max(statuses, default=0)
 
     def _step_and_record(self, metrics: MetricsWriter, stop: "_StopSignal") -> int:
         """Returns the signal that any rank has received, 0 for none."""
@@ -120,6 +121,8 @@ class Trainer:
         try:
             if self.dataset.test and (last or _due(self.step, self.config.run.eval_every)):
                 record = replace(record, test_loss=self.evaluate())
+                if Role.LOWER in self._exported():
+                    record = replace(record, test_loss_lower=self.evaluate(Role.LOWER))
             stopped_by, peak = stop.agreed(self.device, record.peak_memory_bytes)
             record = replace(record, peak_memory_bytes=peak)
         finally:
@@ -137,22 +140,26 @@ class Trainer:
         self.step = step
         return batch, result
 
-    def evaluate(self) -> float:
-        """Mean loss of the upper model over the test set's loss tokens."""
+    def evaluate(self, role: Role = Role.UPPER) -> float:
+        """Mean loss of a model over the test set's loss tokens."""
         with span(Span.EVALUATION):
             micro_batches, num_loss_tokens = self.sampler.test_batch()
             return self.models.evaluate(
-                evaluation_pass("test", micro_batches, len(self.dataset.test), num_loss_tokens, unit="token")
+                evaluation_pass("test", micro_batches, len(self.dataset.test), num_loss_tokens, "token", role)
             )
 
-    def _export(self) -> int:
-        """Write the upper model to output_dir/hf. Returns the exit status: the run has its result whatever happens."""
-        folder = self.folder.hf
+    def _exported(self) -> list[Role]:
+        which = self.config.run.export_model
+        return list(Role) if which == "both" else [Role(which)]
+
+    def _export(self, role: Role) -> int:
+        """Write a model to its folder. Returns the exit status: the run has its result whatever happens."""
+        folder = self.folder.exported(role)
         there = [folder.exists()]
         dist.broadcast_object_list(there)
         try:
             if not there[0]:
-                export_model(self.models, folder, self.dataset.tokenizer.end_id)
+                export_model(self.models, folder, self.dataset.tokenizer.end_id, role)
             elif self.groups.rank == 0:
                 print(f"{folder} is there already, and is kept as it is")
         except UserError as error:
@@ -211,6 +218,8 @@ class Trainer:
             tokens_per_second=batch.num_tokens / seconds,
             tflops_per_gpu=flops.executed / rank_seconds / 1e12,
             mfu=None if peak is None else flops.model / rank_seconds / peak,
+            num_examples=dict(zip(names, batch.num_examples, strict=True)),
+            flops=flops.executed,
             peak_memory_bytes=peak_memory(self.device),
         )
 

@@ -22,6 +22,7 @@ FLOORS = (
     ("mcore", "checkpoint"),
     ("run",),
     ("trainer", "dry_run"),
+    ("compare",),
     ("cli",),
     ("tools", "examples"),
     ("__main__",),
@@ -38,6 +39,7 @@ INNER_FLOORS = {
     ),
     "show": (("charts", "record", "step_trace"), ("console", "metrics"), ("writers", "report")),
     "data": (("batch", "records", "shares", "tokenizers"), ("templates",), ("dataset",), ("packing",), ("sampler",)),
+    "compare": (("arms", "statistics", "verdict", "page"), ("runs",), ("comparison",)),
     "mcore": (
         ("attention", "host_masters", "memory_tracker", "process_groups", "schedule_spans", "te_linear"),
         ("linear", "parameters"),

@@ -247,10 +247,17 @@ class RunConfig:
     output_dir: str = setting("runs/demo", "a folder, relative to the working directory even in a file")
     seed: int = setting(1, "of the draws of data, layers and random weights", at_least(0))
     save_every: int = setting(50, "steps; 0: only at the end", at_least(0))
+    save_last: bool = setting(True, "a checkpoint after the last step, too")
     eval_every: int = setting(25, "steps; 0: only at the end", at_least(0))
     resume: str = setting("never", "auto: continue from the newest checkpoint in output_dir", choices=("never", "auto"))
     device: str = setting("auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"))
-    export: bool = setting(True, "the upper model as a Hugging Face checkpoint in output_dir/hf, at the end")
+    export: bool = setting(True, "a model as a Hugging Face checkpoint, at the end")
+    export_model: str = setting(
+        "upper",
+        "upper: has trained on the sources by their weights and on the validation records, in output_dir/hf; lower: on"
+        " the sources alone, in output_dir/hf_lower; both",
+        choices=("upper", "lower", "both"),
+    )
     export_dtype: Filled[str] = setting(
         None, "null: as precision.compute (bf16 under fp8, fp32 under fp64)", choices=(None, "bf16", "fp32")
     )

@@ -1,4 +1,4 @@
-"""The upper model as a Hugging Face checkpoint: exact full tensors, one at a time, whatever the layout."""
+"""A model as a Hugging Face checkpoint: exact full tensors, one at a time, whatever the layout."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,8 +19,8 @@ EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FAILURES = (OSError, SafetensorError, UserError)  # of disks and folders: no program's fault
 
 
-def export_model(models: MegatronModels, folder: Path, end_id: int) -> None:
-    """Write `models`' upper model to a new folder; every rank takes part. `end_id` is its tokenizer's end-of-text.
+def export_model(models: MegatronModels, folder: Path, end_id: int, role: Role = Role.UPPER) -> None:
+    """Write one of the two models to a new folder; every rank takes part. `end_id` is its tokenizer's end-of-text.
 
     Weights that have trained come from their exact masters, rounded once, to `run.export_dtype`; with bf16 weights and
     a bf16 export those that never trained keep the bits that they were loaded with.
@@ -35,7 +35,7 @@ def export_model(models: MegatronModels, folder: Path, end_id: int) -> None:
     writes = groups.tensor_rank == 0 and groups.data.rank() == 0
     writer = ShardWriter(partial, groups.stage, dtype, int(config.run.export_shard_gb * 1e9)) if writes else None
     failures: list[Exception] = []  # told below: the other ranks wait in the next tensor's gather
-    for name, tensor in _full_tensors(models, failures):
+    for name, tensor in _full_tensors(models, role, failures):
         if writer is None or failures:
             continue
         try:
@@ -80,13 +80,13 @@ def _together(action: Callable[[], Any]) -> list[Any]:
     return [result for result, _ in outcomes]
 
 
-def _full_tensors(models: MegatronModels, failures: list[Exception]) -> Iterator[tuple[str, Tensor]]:
-    """(global name, full tensor) of this stage's parameters of the upper model, equal on all its ranks. The tied head
+def _full_tensors(models: MegatronModels, role: Role, failures: list[Exception]) -> Iterator[tuple[str, Tensor]]:
+    """(global name, full tensor) of this stage's parameters of a model, equal on all its ranks. The tied head
     on a stage of its own comes too, as the embedding's copy that it is. What cannot be read is zero, and its failure
     appended: the gathers go on."""
     groups = models.groups
-    for name, block in models.store.blocks[Role.UPPER].items():
-        flat = _exact_weights(models, name, failures)
+    for name, block in models.store.blocks[role].items():
+        flat = _exact_weights(models, role, name, failures)
         for parameter, local in zip(block.parameters, block.views(flat), strict=True):
             shards = [local]
             if parameter.declared.cut.dim is not None and groups.tensor.size() > 1:
@@ -95,9 +95,9 @@ def _full_tensors(models: MegatronModels, failures: list[Exception]) -> Iterator
             yield parameter.name, join_shards(parameter.declared, shards)
 
 
-def _exact_weights(models: MegatronModels, name: str, failures: list[Exception]) -> Tensor:
-    """A block of the upper model, flat: as exact as it is kept, gathered over data parallelism."""
-    block, exact = models.store.blocks[Role.UPPER][name], models.persistence.exact(Role.UPPER, name)
+def _exact_weights(models: MegatronModels, role: Role, name: str, failures: list[Exception]) -> Tensor:
+    """A block of a model, flat: as exact as it is kept, gathered over data parallelism."""
+    block, exact = models.store.blocks[role][name], models.persistence.exact(role, name)
     if exact is None:  # in FP8, and never active
         try:
             return models.store.initial_weights(block)

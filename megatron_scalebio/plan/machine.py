@@ -127,7 +127,7 @@ def _disk(plan: Plan) -> list[str]:
     while not folder.exists():
         folder = folder.parent
     number, size = checkpoints(plan)
-    exported = config.run.resume == "auto" and RunFolder(Path(config.run.output_dir)).hf.exists()
+    exported = config.run.resume == "auto" and RunFolder(Path(config.run.output_dir)).exported("upper").exists()
     export = export_bytes(config) if config.run.export and not exported else 0
     needed, free = number * size + export, shutil.disk_usage(folder).free
     if needed <= free:
@@ -187,5 +187,6 @@ def _frozen_tables(plan: Plan) -> int:
 
 
 def export_bytes(config: Config) -> int:
-    """Bytes of the upper model as it is exported."""
-    return model_parameters(config.model) * WEIGHT_BYTES[config.run.export_dtype]
+    """Bytes of what is exported."""
+    number = 2 if config.run.export_model == "both" else 1
+    return number * model_parameters(config.model) * WEIGHT_BYTES[config.run.export_dtype]

@@ -33,14 +33,18 @@ class StepRecord:
     tokens_per_second: float  # num_tokens / step_seconds, of all ranks together
     tflops_per_gpu: float  # executed 10^12 FLOP/s of one rank, the mean over ranks: padding and recomputation included
     mfu: float | None  # model FLOP/s of one rank over its dense bf16 peak, from 0 to 1; null: the peak is not known
+    num_examples: dict[str, int]  # of each source, in this step's training batch
+    flops: float  # executed in this step by all ranks together
     peak_memory_bytes: int  # of the fullest rank: on a GPU torch's tensors in this step; on the CPU the process so far
     test_loss: float | None = None  # of the upper model; only in records of steps after which it was evaluated
+    test_loss_lower: float | None = None  # the same, where `run.export_model` names the lower model
 
     def to_dict(self) -> dict[str, Any]:
-        """The line's object, as JSON takes it: a number that is not finite is null, `test_loss` may not be there."""
+        """The line's object, as JSON takes it: what is not finite is null, the test losses may not be there."""
         numbers = {key: _finite(value) for key, value in vars(self).items()}
-        if self.test_loss is None:
-            del numbers["test_loss"]
+        for name in ("test_loss", "test_loss_lower"):
+            if getattr(self, name) is None:
+                del numbers[name]
         return numbers
 
 

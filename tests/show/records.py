@@ -28,6 +28,8 @@ def a_record(step: int, **changes: Any) -> StepRecord:
         "tokens_per_second": 4000.0,
         "tflops_per_gpu": 400.0,
         "mfu": None,
+        "num_examples": {"clean": 6, "noisy": 2},
+        "flops": 1e14,
         "peak_memory_bytes": 2**30,
     }
     return StepRecord(step=step, **(values | changes))
