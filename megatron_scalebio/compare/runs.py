@@ -75,7 +75,7 @@ class ArmRuns:
             return Result(0.0, even, steps, 0.0, 0, 0.0, 0.0)
         if (found := read_result(folder, steps)) is not None:
             return found
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         file = folder.with_suffix(".yaml")
         write_config(config, file)
         self.processes.train(file, folder.with_suffix(".log"), terms)
