@@ -4,7 +4,7 @@ import json
 import signal
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
@@ -174,10 +174,15 @@ def _check_numbers(
 
 
 def _open(config_file: str | None, overrides: Sequence[str], num_ranks: int | None) -> Run:
-    """The bilevel run that the arms are variants of. Raises: UserError."""
+    """The bilevel run that the arms are variants of, with the weights that arm `given` trains with, which may be 0.
+
+    Raises: UserError.
+    """
     loaded = load_config(config_file, list(overrides))
     world = num_ranks or loaded.parallel.tensor * loaded.parallel.pipeline
-    run = open_run(config_file, [*overrides, "bilevel.mode=bilevel"], world_size=world, writes=False)
+    learns = ["bilevel.mode=bilevel", "bilevel.weights=null"]
+    run = open_run(config_file, [*overrides, *learns], world_size=world, writes=False)
+    run = replace(run, config=changed(run.config, {"bilevel.weights": loaded.bilevel.weights}))
     if not run.dataset.test:
         raise UserError("data.test is not set: a comparison is made on a test set that no arm has seen")
     return run

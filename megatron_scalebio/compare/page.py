@@ -17,6 +17,7 @@ CHART_STYLE = """
 .chart .title { font-size: 14px; font-weight: 600; fill: #1c1c1c; }
 .chart .grid { stroke: #8884; stroke-width: 1; }
 .chart .interval { stroke-width: 8; opacity: .3; stroke-linecap: round; }
+body { max-width: 960px; } td.number { white-space: nowrap; }
 .verdict { font-size: 1.05rem; color: inherit; border-left: 4px solid #2f7ed8; padding-left: .8rem; }
 @media (prefers-color-scheme: dark) { .chart text { fill: #bbb; } .chart .title { fill: #eee; } }
 """
@@ -31,12 +32,12 @@ def write_page(file: Path, content: dict[str, Any]) -> None:
             losses_svg(arms),
             "<h2>Arms</h2>",
             _arms_table(arms),
+            "<h2>Weights, means over seeds</h2>",
+            *(weights_svg(group) for group in _by_sources(arms)),
             "<h2>Differences, seed by seed</h2>",
             _paired_table(content["paired"]),
             "<p>Test loss of the arm less that of the other, the mean over seeds that both have, with Student's 95%"
             " interval. Each is its own: of twenty such intervals one may miss.</p>",
-            "<h2>Weights</h2>",
-            *(weights_svg(group) for group in _by_sources(arms)),
         ]
     text = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">

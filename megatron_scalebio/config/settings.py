@@ -16,7 +16,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "bilevel.logits_lr": 1.0e-2,
         "bilevel.logits_schedule": "constant",
         "bilevel.logits_weight_decay": 0.01,
-        "data.sampling": "stratified",
+        "data.sampling": "adaptive",
         "lisa.pairing": "shared",
     },
     # The original's settings, arXiv 2406.19976 and its authors' scripts. Two of its habits do not come back: draws that

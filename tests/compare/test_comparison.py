@@ -112,6 +112,14 @@ def test_weights_go_where_they_belong(file, tmp_path, trained):
     assert all(config.data.sampling == "adaptive" for config in configs.values() if config.bilevel.mode == "fixed")
 
 
+def test_given_weights_may_be_zero_and_are_not_where_learning_starts(file, tmp_path, trained):
+    given = ["bilevel.weights={clean: 1, wrong_050: 0, wrong_100: 0}"]
+    compared(file, tmp_path / "c", ["given", "one_stage"], seeds=1, overrides=given)
+    configs = {path.parts[-3]: load_config(str(path), []) for path in trained}
+    assert configs["given"].bilevel.weights == {"clean": 1, "wrong_050": 0, "wrong_100": 0}
+    assert configs["one_stage"].bilevel.weights is None
+
+
 def test_what_is_finished_is_not_run_again_and_arms_and_seeds_are_added(file, tmp_path, trained):
     out = tmp_path / "c"
     first = compared(file, out, ["uniform"], seeds=1)

@@ -21,7 +21,7 @@ def test_every_setting_has_its_row():
 
 def test_a_row_says_default_presets_choices_and_range():
     rows = {line.split("`")[1]: line for line in document().splitlines() if line.startswith("| `")}
-    assert "| `stratified`; paper: `natural` | `stratified`, `natural`, `adaptive` |" in rows["data.sampling"]
+    assert "| `adaptive`; paper: `natural` | `stratified`, `natural`, `adaptive` |" in rows["data.sampling"]
     assert "| `null` | at least 1, or null |" in rows["bilevel.validation_batch_size"]
     assert all(f"`{family}`" in rows["model.family"].split("|")[3] for family in ("qwen2", "llama3", "gemma2"))
     assert "| `1.0`; paper: `100.0` | positive and finite |" in rows["bilevel.penalty_alpha"]
