@@ -45,7 +45,7 @@ def check_config(config: Config, world_size: int, vocab_size: int | None) -> Non
         model = [*_shape(config, vocab_size), *_family(config), *_always_active(config)]
         problems = [
             *(*model, *_last_alpha(config), *_precision(config), *_layout(config, world_size)),
-            *(*_sources(config), *_profile(config), *_exported(config), *_installed(config)),
+            *(*_sources(config), *_profile(config), *_needs_learning(config), *_installed(config)),
         ]
     if problems:
         raise UserError("\n".join(problems))
@@ -282,11 +282,16 @@ def _profile(config: Config) -> list[str]:
     ]
 
 
-def _exported(config: Config) -> list[str]:
-    which = config.run.export_model
-    if which == "upper" or config.bilevel.mode == "bilevel":
+def _needs_learning(config: Config) -> list[str]:
+    which, stop = config.run.export_model, config.run.stop
+    if config.bilevel.mode == "bilevel":
         return []
-    return [f"run.export_model={which} with bilevel.mode=fixed, which trains no lower model: set it to upper"]
+    problems = []
+    if which != "upper":
+        problems = [f"run.export_model={which} with bilevel.mode=fixed, which trains no lower model: set it to upper"]
+    if stop == "settled":
+        problems.append("run.stop=settled with bilevel.mode=fixed, where no weight moves: set it to steps")
+    return problems
 
 
 def _above_floor(weights: dict[str, float], floor: float) -> list[str]:

@@ -95,31 +95,31 @@ class Trainer:
         }
         writer = MetricsWriter(config, num_examples, self.step, self.groups.rank == 0)
         with writer as metrics, StepTrace(config.run, self.groups.rank, self.device) as trace:
-            while self.step < num_steps:
+            done = self.step == num_steps or self._settled(metrics)
+            while not done:
                 trace.begin(self.step + 1)
                 try:
-                    stopped_by = self._step_and_record(metrics, stop)
+                    done, stopped_by = self._step_and_record(metrics, stop)
                 except NonFinite as error:
                     # No checkpoint: a run that diverged would continue into the same numbers from it.
                     self._tell_non_finite(error)
                     return 1
                 trace.end(self.step)
-                last = self.step == num_steps
-                if (last and config.run.save_last) or stopped_by or _due(self.step, config.run.save_every):
+                if (done and config.run.save_last) or stopped_by or _due(self.step, config.run.save_every):
                     self.save()
-                if stopped_by and not last:
+                if stopped_by and not done:
                     return 128 + stopped_by
         statuses = [self._export(role) for role in self._exported()] if config.run.export else []
         return max(statuses, default=0)
 
-    def _step_and_record(self, metrics: MetricsWriter, stop: "_StopSignal") -> int:
-        """Returns the signal that any rank has received, 0 for none."""
+    def _step_and_record(self, metrics: MetricsWriter, stop: "_StopSignal") -> tuple[bool, int]:
+        """Returns whether this step was the last, and the signal that any rank has received, 0 for none."""
         reset_peak_memory(self.device)
         with span(Span.STEP):
             record = self.record(*self.take_step())
-        last = self.step == self.config.bilevel.steps
+        done = self.step == self.config.bilevel.steps or self._settled(metrics, record.weights)
         try:
-            if self.dataset.test and (last or _due(self.step, self.config.run.eval_every)):
+            if self.dataset.test and (done or _due(self.step, self.config.run.eval_every)):
                 record = replace(record, test_loss=self.evaluate())
                 if Role.LOWER in self._exported():
                     record = replace(record, test_loss_lower=self.evaluate(Role.LOWER))
@@ -127,7 +127,15 @@ class Trainer:
             record = replace(record, peak_memory_bytes=peak)
         finally:
             metrics.record(record)
-        return stopped_by
+        return done, stopped_by
+
+    def _settled(self, metrics: MetricsWriter, *coming: dict[str, float]) -> bool:
+        """Whether the run ends here because its weights have settled; equal on every rank."""
+        if self.config.run.stop == "steps":
+            return False
+        settled = [metrics.settled(*coming)]
+        dist.broadcast_object_list(settled)
+        return settled[0]
 
     def take_step(self) -> tuple[StepBatch, StepResult]:
         """One step of both models and the logits, on the step's own examples and active layers."""

@@ -56,6 +56,16 @@ def test_the_peak_of_memory_is_the_fullest_ranks_and_rates_are_over_the_steps_ti
         assert record["mfu"] is None and record["tflops_per_gpu"] > 0
 
 
+def test_a_run_ends_when_its_weights_have_settled_and_stays_ended(tmp_path):
+    settings = (TP2, "bilevel.steps=40", "bilevel.logits_lr=0", "run.stop=settled")
+    run_distributed(2, run, tmp_path, settings, "CPU", 18)
+    records = read_metrics(tmp_path)
+    assert len(records) == 17 and "test_loss" in records[-1]
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step_17"]
+    run_distributed(2, run, tmp_path, (*settings, "run.resume=auto"), "CPU", 18)
+    assert read_metrics(tmp_path) == records
+
+
 @pytest.mark.parametrize("compute", ["bf16", "fp32"])
 def test_utilization_is_of_the_peak_of_a_device_that_is_known(compute, tmp_path):
     """What a step computes twice counts towards its FLOPs alone."""

@@ -247,6 +247,11 @@ class RunConfig:
     output_dir: str = setting("runs/demo", "a folder, relative to the working directory even in a file")
     seed: int = setting(1, "of the draws of data, layers and random weights", at_least(0))
     save_every: int = setting(50, "steps; 0: only at the end", at_least(0))
+    stop: str = setting(
+        "steps",
+        "settled: after the step in which every weight has settled, a quarter of bilevel.steps at the earliest",
+        choices=("steps", "settled"),
+    )
     save_last: bool = setting(True, "a checkpoint after the last step, too")
     eval_every: int = setting(25, "steps; 0: only at the end", at_least(0))
     resume: str = setting("never", "auto: continue from the newest checkpoint in output_dir", choices=("never", "auto"))

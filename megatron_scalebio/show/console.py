@@ -60,11 +60,12 @@ class RunConsole:
         if summary is None:
             return
         table = Table("source")
-        for head in ("examples", "final weight", "mean of last quarter"):
+        for head in ("examples", "final weight", "mean of last quarter", "settled", "epochs"):
             table.add_column(head, justify="right")
         for name, weight in summary["weights"].items():
             mean = summary["weights_mean"][name]
-            table.add_row(Text(name), str(self.num_examples[name]), f"{weight:.3f}", f"{mean:.3f}")
+            settled, epochs = "yes" if summary["settled"][name] else "no", f"{summary['epochs'][name]:.2f}"
+            table.add_row(Text(name), str(self.num_examples[name]), f"{weight:.3f}", f"{mean:.3f}", settled, epochs)
         self.console.print(table)
         if summary["still_moving"]:
             self._print("The weights are still moving: more steps would move them further.")

@@ -104,14 +104,15 @@ def _line(name: str, records: list[dict[str, Any]], value: Any) -> Line:
 
 
 def _sources_table(records: list[dict[str, Any]], weights: dict[str, Any]) -> str:
-    rows = []
+    rows, settled_now = [], weights_summary([record["weights"] for record in records])["settled"]
     for name, weight in weights["weights"].items():
-        history = [{name: record["weights"][name]} for record in records]
-        moving = "yes" if weights_summary(history)["still_moving"] else "no"
-        numbers = (weights["num_examples"][name], f"{weight:.4f}", f"{weights['weights_mean'][name]:.4f}", moving)
+        settled = "yes" if settled_now[name] else "no"
+        epochs = f"{weights['epochs'][name]:.2f}" if "epochs" in weights else ""
+        numbers = (weights["num_examples"][name], f"{weight:.4f}", f"{weights['weights_mean'][name]:.4f}", settled)
+        numbers += (epochs,)
         cells = "".join(f'<td class="number">{number}</td>' for number in numbers)
         rows.append(f"<tr><td>{escape(name)}</td>{cells}</tr>")
-    heads = ("examples", "final weight", "mean of last quarter", "still moving")
+    heads = ("examples", "final weight", "mean of last quarter", "settled", "epochs")
     head = "<th>source</th>" + "".join(f'<th class="number">{text}</th>' for text in heads)
     return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
 

@@ -8,12 +8,12 @@ from typing import Any, Protocol
 from megatron_scalebio.config import Config, write_config
 from megatron_scalebio.run_folder import RunFolder
 from megatron_scalebio.show.console import RunConsole
-from megatron_scalebio.show.metrics import MetricsFiles, claim_folder, take_up_metrics, weights_summary
+from megatron_scalebio.show.metrics import MetricsFiles, claim_folder, epochs_summary, take_up_metrics, weights_summary
 from megatron_scalebio.show.record import StepRecord
 
 
 class Writer(Protocol):
-    """Shows or keeps one run's records, on the main rank. `summary` is `weights_summary`'s."""
+    """Shows or keeps one run's records, on the main rank. `summary` is `weights_summary`'s and `epochs_summary`'s."""
 
     def open(self) -> None:
         """Before the first record: the output folder is this run's, and holds config.yaml and what a run that this one
@@ -38,7 +38,9 @@ class MetricsWriter:
         self.config, self.start_step, self.is_main_rank = config, start_step, is_main_rank
         self.folder = RunFolder(Path(config.run.output_dir))
         self.writers: list[Writer] = [MetricsFiles(config, num_examples), RunConsole(config, num_examples)]
+        self.num_examples = num_examples
         self.history: list[dict[str, float]] = []  # weights after each step, from step 1
+        self.drawn: list[dict[str, int]] = []  # examples of each source in each step
         self._stack = ExitStack()
 
     def __enter__(self) -> "MetricsWriter":
@@ -48,11 +50,13 @@ class MetricsWriter:
         if self.start_step == 0 and self.config.run.resume == "never":
             claim_folder(self.folder)
         write_config(self.config, self.folder.config)
-        self.history = [record["weights"] for record in take_up_metrics(self.folder, self.start_step)]
+        records = take_up_metrics(self.folder, self.start_step)
+        self.history = [record["weights"] for record in records]
+        self.drawn = [record.get("num_examples", {}) for record in records]
         with ExitStack() as stack:  # what was opened is closed, should the next not open
             for writer in self.writers:
                 writer.open()
-                stack.push(_closing(writer, self.history))
+                stack.push(self._closing(writer))
             self._stack = stack.pop_all()
         return self
 
@@ -66,15 +70,33 @@ class MetricsWriter:
         if not self.is_main_rank:
             return
         self.history.append(record.to_dict()["weights"])
-        summary = weights_summary(self.history)
+        self.drawn.append(record.num_examples)
+        summary = self._summary()
         for writer in self.writers:
             writer.record(record, summary)
 
+    def settled(self, *coming: dict[str, float]) -> bool:
+        """Whether a run that stops when its weights have settled has its last step behind it, on the main rank; False on
+        the others. Not before a quarter of the planned steps: weights that have hardly begun to move stand still, too.
 
-def _closing(writer: Writer, history: list[dict[str, float]]) -> Any:
-    """What closes a writer when the run ends: the end of an ExitStack's context."""
+        Args:
+            coming: weights after a step that is not recorded yet.
+        """
+        history = [*self.history, *coming]
+        return (
+            self.is_main_rank
+            and len(history) >= max(1, self.config.bilevel.steps / 4)
+            and not weights_summary(history)["still_moving"]
+        )
 
-    def close(kind: type[BaseException] | None, *_: object) -> None:
-        writer.close(weights_summary(history) if kind is None and history else None)
+    def _summary(self) -> dict[str, Any]:
+        num_steps = self.config.bilevel.steps
+        return weights_summary(self.history) | epochs_summary(self.drawn, self.num_examples, num_steps)
 
-    return close
+    def _closing(self, writer: Writer) -> Any:
+        """What closes a writer when the run ends: the end of an ExitStack's context."""
+
+        def close(kind: type[BaseException] | None, *_: object) -> None:
+            writer.close(self._summary() if kind is None and self.history else None)
+
+        return close

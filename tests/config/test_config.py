@@ -273,7 +273,7 @@ def test_what_a_family_has_passes(load, overrides):
         ("data.sources=[{name:a,path:b},{name:a,path:c}]", "2 sources are called 'a'; names must differ"),
         ("data.sources=[{name:'',path:b}]", "data.sources[0]: the name is empty"),
         ("data.validation=null", "data.validation is not set"),
-        ("bilevel.global_batch_size=1", "raise bilevel.global_batch_size=1"),
+        ("bilevel.global_batch_size=1 data.sampling=stratified", "raise bilevel.global_batch_size=1"),
         ("model.shape.head_size=15", "model.shape.head_size=15: rotary embeddings need an even size"),
         ("model.family=gemma2", "model.family=gemma2 uses its embedding as its head: set model.shape.tied_embeddings"),
         (
@@ -326,6 +326,8 @@ def test_what_a_family_has_passes(load, overrides):
         ("lisa.always_active=[head,head]", "lisa.always_active=['head', 'head']: names a block twice"),
         ("lisa.always_active=[head] model.shape.tied_embeddings=true", "the embedding is the head: name both"),
         ("precision.compute=fp64 run.device=cuda", "precision.compute=fp64 is for parity on the CPU"),
+        ("run.stop=settled bilevel.mode=fixed", "run.stop=settled with bilevel.mode=fixed, where no weight moves"),
+        ("run.export_model=both bilevel.mode=fixed", "run.export_model=both with bilevel.mode=fixed, which trains no"),
         ("optimizer.betas=[0.9]", "optimizer.betas=[0.9]: must be two numbers"),
         ("optimizer.betas=[0.9,1.0]", "optimizer.betas=[0.9, 1.0]: must be two numbers"),
         ("optimizer.warmup=1", "optimizer.warmup=1.0: must be a share of bilevel.steps"),

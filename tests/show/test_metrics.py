@@ -5,13 +5,14 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from megatron_scalebio.config import SourceConfig, UserError, config_sha256, load_config, write_config
 from megatron_scalebio.run_folder import check_output_dir
 from megatron_scalebio.show.console import RunConsole, duration
-from megatron_scalebio.show.metrics import read_metrics, weights_summary
+from megatron_scalebio.show.metrics import epochs_summary, read_metrics, weights_summary
 from megatron_scalebio.show.record import StepRecord
 from megatron_scalebio.show.writers import MetricsWriter
 from tests.configs import resolved
@@ -46,6 +47,9 @@ def test_weights_json_has_exactly_the_keys_of_the_contract(config):
         "weights_mean": {"clean": pytest.approx(0.725), "noisy": pytest.approx(0.275)},  # of steps 4 and 5
         "logits": {"clean": 0.5, "noisy": -0.5},
         "num_examples": NUM_EXAMPLES,
+        "epochs": {"clean": 6 * 5 / 30, "noisy": 2 * 5 / 20},
+        "epochs_planned": {"clean": 6 * 8 / 30, "noisy": 2 * 8 / 20},
+        "settled": {"clean": False, "noisy": False},
         "still_moving": True,
         "config_sha256": config_sha256(config),
     }
@@ -101,22 +105,74 @@ def test_other_ranks_write_nothing(config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_settled_weights_are_not_still_moving():
-    moved = [{"a": 0.1 * step, "b": 1 - 0.1 * step} for step in range(6)]
-    assert weights_summary(moved)["still_moving"]
-    assert not weights_summary(moved + [moved[-1]] * 2)["still_moving"]  # the quarter starts after the last move
+def constant(steps: int, *weights: float) -> np.ndarray:
+    return np.tile(weights, (steps, 1))
 
 
-def test_the_last_quarter_begins_with_the_step_before_it():
-    before, after = {"a": 0.5, "b": 0.5}, {"a": 0.6, "b": 0.4}
-    assert weights_summary([before] * 6 + [after] * 2)["still_moving"]
-    assert not weights_summary([before] * 6 + [after] * 4)["still_moving"]
+def settled(table: np.ndarray) -> list[bool]:
+    """Of each column of weights [steps, sources]."""
+    summary = weights_summary([{str(k): weight for k, weight in enumerate(row)} for row in table.tolist()])
+    assert summary["still_moving"] == (not all(summary["settled"].values()))
+    return list(summary["settled"].values())
 
 
-def test_oscillation_within_the_last_quarter_is_movement():
-    history = [{"a": 0.5 + 0.03 * (step % 2), "b": 0.5 - 0.03 * (step % 2)} for step in range(16)]
-    assert history[-1] == history[-5]
-    assert not weights_summary([history[0]] * 16)["still_moving"] and weights_summary(history)["still_moving"]
+def test_each_weight_settles_for_itself():
+    table = constant(40, 0.6, 0.3, 0.1)
+    table[:, 1] += np.linspace(-0.05, 0.05, 40)
+    table[:, 0] -= np.linspace(-0.05, 0.05, 40)
+    assert settled(table) == [True, True, True]  # .025 in the last quarter: 4% and 8% of them
+    table[:, 1] = 0.3 + np.linspace(-0.2, 0.2, 40)
+    assert settled(table) == [True, False, True]
+
+
+def test_few_steps_settle_nothing_however_many_sources_there_are():
+    assert settled(constant(16, *[1 / 60] * 60)) == [False] * 60
+    assert settled(constant(17, *[1 / 60] * 60)) == [True] * 60
+
+
+def test_a_source_among_many_moves_by_less_than_an_absolute_rule_sees():
+    table = constant(40, *[1 / 60] * 60)
+    table[:, 0] += np.linspace(0, 0.016, 40)  # nearly doubles
+    assert settled(table) == [False] + [True] * 59
+
+
+def test_a_weight_that_hardly_counts_may_move_by_a_part_of_an_equal_share():
+    table = constant(40, 0.5, 0.499, 0.001)
+    table[30:, 2] = np.linspace(0.001, 0.004, 10)  # four times itself, and nothing to the mixture
+    assert settled(table) == [True] * 3
+    table[30:, 2] = np.linspace(0.001, 0.01, 10)
+    assert settled(table) == [True, True, False]
+
+
+def test_noise_is_no_movement_and_a_drift_within_it_is_seen_when_it_leaves_it():
+    noise = np.random.default_rng(0).normal(size=(400, 1)) * 0.03
+    table = np.hstack([0.3 + noise, 0.7 - noise])
+    assert settled(table) == [True, True]
+    drift = np.linspace(0, 0.8, 400)[:, None] - 0.2  # .2 in the last quarter, where the noise scatters by .03
+    assert settled(np.hstack([0.3 + noise + drift, np.full((400, 1), 0.7)])) == [False, True]
+
+
+def test_what_moved_before_the_last_quarter_has_settled():
+    assert settled(np.vstack([constant(30, 0.5, 0.5), constant(10, 0.8, 0.2)])) == [True, True]
+    assert settled(np.vstack([constant(31, 0.5, 0.5), constant(9, 0.8, 0.2)])) == [False, False]
+
+
+def test_a_run_may_end_by_its_weights_after_a_quarter_of_its_steps(config):
+    config.bilevel.steps = 100
+    still = {"weights": {"clean": 0.5, "noisy": 0.5}}
+    with MetricsWriter(config, NUM_EXAMPLES, start_step=0, is_main_rank=True) as metrics:
+        for step in range(1, 25):
+            metrics.record(a_record(step, **still))
+        assert not metrics.settled()
+        assert metrics.settled(still["weights"]) and not metrics.settled({"clean": 0.6, "noisy": 0.4})
+        metrics.record(a_record(25, **still))
+        assert metrics.settled()
+
+
+def test_epochs_are_of_what_was_drawn_and_planned_at_the_pace_of_the_last_quarter():
+    drawn = [{"a": 10}] * 6 + [{"a": 4, "b": 6}] * 2
+    summary = epochs_summary(drawn, {"a": 20, "b": 6}, 10)
+    assert summary == {"epochs": {"a": 68 / 20, "b": 2.0}, "epochs_planned": {"a": 76 / 20, "b": 4.0}}
 
 
 def test_a_folder_with_another_run_is_refused_and_left_alone(config, tmp_path):

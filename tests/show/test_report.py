@@ -47,14 +47,15 @@ def test_report_needs_nothing_but_itself(tmp_path):
 
 
 def test_report_shows_every_source_weight_and_changed_setting(tmp_path):
-    folder = a_run(tmp_path, 12, **LOSSES)
+    folder = a_run(tmp_path, 20, **LOSSES, num_examples={"noisy": 6})
     html = write_report(str(folder)).read_text()
     weights = json.loads((folder / "weights.json").read_text())
     for name, shown in zip(NAMES, ("clean", "a &lt;b&gt; &amp; &#x27;c&#x27;", "noisy"), strict=True):
         row = re.search(f"<tr><td>{re.escape(shown)}</td>(.*?)</tr>", html)[1]
         numbers = re.findall(r">([^<]+)</td>", row)
-        moving = "no" if name == NAMES[1] else "yes"
-        expected = [f"{weights['weights'][name]:.4f}", f"{weights['weights_mean'][name]:.4f}", moving]
+        settled = "yes" if name == NAMES[1] else "no"
+        expected = [f"{weights['weights'][name]:.4f}", f"{weights['weights_mean'][name]:.4f}", settled]
+        expected.append("0.10" if name == "noisy" else "0.00")  # 6 of 1,234 examples in each of 20 steps
         assert numbers == ["1234", *expected]
     assert "<td>optimizer.lr</td><td><code>0.125</code></td><td><code>2e-06</code></td>" in html
     assert weights["config_sha256"] in html
