@@ -76,8 +76,8 @@ class MetricsWriter:
             writer.record(record, summary)
 
     def settled(self, *coming: dict[str, float]) -> bool:
-        """Whether a run that stops when its weights have settled has its last step behind it, on the main rank; False on
-        the others. Not before a quarter of the planned steps: weights that have hardly begun to move stand still, too.
+        """Whether a run that stops when its weights have settled has its last step behind it; False on ranks but the
+        main. Not before a quarter of the planned steps: weights that have hardly begun to move stand still, too.
 
         Args:
             coming: weights after a step that is not recorded yet.
