@@ -81,6 +81,7 @@ class StepResult:
     validation_loss: float | None
     penalty_gap: float | None  # p . g
     hypergradient: Tensor | None  # [K]
+    signal_to_noise: Tensor | None  # [K], of the hypergradient's running mean
     grad_norm: dict[Role, Tensor]  # scalars, before the clip
     lr: float
     logits_lr: float | None
@@ -126,7 +127,7 @@ class Bilevel:
         max_norm = None if optimizer.clip_grad is None else optimizer.clip_grad * alpha
         if fixed:
             norm = models.step(Role.UPPER, lr, max_norm)
-            return StepResult({Role.UPPER: losses[0]}, None, None, None, {Role.UPPER: norm}, lr, None, alpha)
+            return StepResult({Role.UPPER: losses[0]}, None, None, None, None, {Role.UPPER: norm}, lr, None, alpha)
 
         loss_lower, loss_upper, validation_loss = losses
         rates = {Role.LOWER: lr_lower, Role.UPPER: lr}
@@ -137,12 +138,15 @@ class Bilevel:
             settings.logits_schedule,
             optimizer.warmup if settings.logits_schedule == "cosine" else 0.0,
         )
+        if step <= settings.logits_warmup_steps:
+            logits_lr = 0.0
         hypergradient = self.source_weights.update(alpha, gap, logits_lr)
         return StepResult(
             train_loss={Role.LOWER: loss_lower, Role.UPPER: loss_upper},
             validation_loss=validation_loss.item(),
             penalty_gap=float(p @ gap),
             hypergradient=hypergradient,
+            signal_to_noise=self.source_weights.signal_to_noise,
             grad_norm=norms,
             lr=lr,
             logits_lr=logits_lr,

@@ -6,6 +6,11 @@
 
 Source: arXiv 2406.19976, Algorithm 1 (floor 0, uniform prior, AdamW). K numbers in fp64 on the host: every rank holds
 the same bits. What `_logits_optimizer` marks is a way to move the logits: `bilevel.logits_optimizer` has its name.
+
+The hypergradient is a small difference of two losses on a batch, and AdamW turns noise into full steps: five copies of
+one source, 400 steps at a rate of .02, ended at weights from .08 to .40. So a logit moves by its optimizer's step times
+max(0, 1 - (gate / z)^2), the positive-part James-Stein shrinkage, where z is the running mean of its hypergradient over
+that mean's standard error (`signal_to_noise`); within `gate` standard errors of nothing, it stays where it is.
 """
 
 import math
@@ -25,6 +30,8 @@ class SourceWeights:
         weight_decay: decoupled, AdamW only; it pulls the weights towards the prior.
         floor: smallest weight of a source, in [0, 1/K).
         prior: [K] positive, the weights at logits 0; None is uniform.
+        gate: standard errors within which a hypergradient is noise; 0: every step is taken whole.
+        clip: largest L2 norm of the hypergradient that the logits follow; None: any.
         start: [K], the weights to begin at, each above the floor (or 0, if they stay fixed); None begins at logits 0.
     """
 
@@ -38,8 +45,11 @@ class SourceWeights:
         start: list[float] | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        gate: float = 0.0,
+        clip: float | None = None,
     ):
         self.optimizer, self.weight_decay, self.betas, self.eps = optimizer, weight_decay, betas, eps
+        self.gate, self.clip = gate, clip
         self.floor, self.span = floor, 1.0 - num_sources * floor
         uniform = [1.0 / num_sources] * num_sources
         self.log_prior = torch.tensor(prior or uniform, dtype=torch.float64).log()
@@ -64,9 +74,32 @@ class SourceWeights:
     def update(self, alpha: float, gap: Tensor, lr: float) -> Tensor:
         """Descend; returns the hypergradient at the weights before the update, before any decay."""
         hypergradient = self.hypergradient(alpha, gap)
+        clip = 1.0 if self.clip is None else min(1.0, self.clip / (hypergradient.norm().item() + 1e-300))
+        beta1, beta2 = self.betas
         self.step += 1
-        self.logits = LOGITS_OPTIMIZERS[self.optimizer](self, hypergradient, alpha, gap, lr)
+        self.exp_avg = beta1 * self.exp_avg + (1 - beta1) * clip * hypergradient
+        self.exp_avg_sq = beta2 * self.exp_avg_sq + (1 - beta2) * (clip * hypergradient) ** 2
+        moved = LOGITS_OPTIMIZERS[self.optimizer](self, clip * hypergradient, alpha, clip * gap, lr)
+        self.logits = moved if self.gate == 0 else self.logits + self._trust() * (moved - self.logits)
         return hypergradient
+
+    @property
+    def signal_to_noise(self) -> Tensor:
+        """|Running mean of the hypergradient| over its standard error were there but noise, [K]; 1 after one step,
+        at most sqrt((1 + beta1) / (1 - beta1)), 4.4 at a beta1 of .9. Below 2, most likely noise.
+
+        The mean of t independent numbers of variance v by weights beta1^k has the variance v * (1 - beta1) /
+        (1 + beta1) * (1 + beta1^t) / (1 - beta1^t).
+        """
+        beta1, beta2 = self.betas
+        decay1, decay2 = beta1**self.step, beta2**self.step
+        mean, square = self.exp_avg / (1 - decay1), self.exp_avg_sq / (1 - decay2)
+        variance = square * (1 - beta1) / (1 + beta1) * (1 + decay1) / (1 - decay1)
+        return torch.where(variance > 0, mean.abs() / variance.sqrt(), 0.0)
+
+    def _trust(self) -> Tensor:
+        ratio = self.signal_to_noise
+        return torch.where(ratio > self.gate, 1.0 - (self.gate / ratio) ** 2, 0.0)
 
     def state_dict(self) -> dict[str, list[float] | int]:
         """Plain numbers that JSON keeps exactly."""
@@ -82,8 +115,8 @@ class SourceWeights:
         return torch.softmax(self.logits + self.log_prior, dim=0)
 
 
-# The new logits, from (the weights with their state, hypergradient, alpha, gap g, lr). What it remembers of earlier
-# steps is in `exp_avg` and `exp_avg_sq`, which checkpoints keep; `step` counts from 1.
+# The new logits, from (the weights with their state, hypergradient, alpha, gap g, lr), the two clipped. `exp_avg` and
+# `exp_avg_sq`, which checkpoints keep, are Adam's moments with this step's hypergradient; `step` counts from 1.
 _LogitsOptimizer = Callable[[SourceWeights, Tensor, float, Tensor, float], Tensor]
 
 LOGITS_OPTIMIZERS: dict[str, _LogitsOptimizer] = {}
@@ -97,8 +130,6 @@ def _logits_optimizer(function: _LogitsOptimizer) -> _LogitsOptimizer:
 @_logits_optimizer
 def adamw(own: SourceWeights, hypergradient: Tensor, alpha: float, gap: Tensor, lr: float) -> Tensor:
     beta1, beta2 = own.betas
-    own.exp_avg = beta1 * own.exp_avg + (1 - beta1) * hypergradient
-    own.exp_avg_sq = beta2 * own.exp_avg_sq + (1 - beta2) * hypergradient**2
     denominator = (own.exp_avg_sq / (1 - beta2**own.step)).sqrt() + own.eps
     decayed = own.logits * (1 - lr * own.weight_decay)
     return decayed - lr / (1 - beta1**own.step) * own.exp_avg / denominator

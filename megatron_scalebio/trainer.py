@@ -215,6 +215,7 @@ class Trainer:
             penalty_gap=result.penalty_gap,
             penalty_alpha=result.penalty_alpha,
             hypergradient=by_name(result.hypergradient),
+            signal_to_noise=by_name(result.signal_to_noise),
             grad_norm_lower=norms.get(Role.LOWER),
             grad_norm_upper=norms[Role.UPPER],
             lr=result.lr,
@@ -269,6 +270,8 @@ def make_source_weights(config: Config, source_names: list[str]) -> SourceWeight
         betas=(beta1, beta2),
         eps=config.optimizer.eps,
         floor=bilevel.floor if bilevel.mode == "bilevel" else 0.0,
+        gate=bilevel.logits_gate,
+        clip=bilevel.logits_clip,
         prior=in_order(bilevel.prior),
         start=in_order(bilevel.weights),
     )

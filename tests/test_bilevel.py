@@ -155,6 +155,16 @@ def test_each_model_steps_once_lower_first_with_its_rate_and_the_clip_at_clip_gr
         assert (lr, max_norm) == (pytest.approx(expected_lr), pytest.approx(expected_norm))
 
 
+def test_the_logits_wait_for_their_warm_up_and_are_measured_in_it():
+    models, weights = Quadratics(), SourceWeights(NUM_SOURCES)
+    bilevel = Bilevel(config("bilevel.logits_warmup_steps=2", "bilevel.logits_gate=0"), weights)
+    results = [bilevel.step(models, step, batch(), NO_LAYERS) for step in (1, 2)]
+    assert weights.logits.tolist() == [0.0] * NUM_SOURCES and [result.logits_lr for result in results] == [0.0, 0.0]
+    assert results[1].hypergradient.norm() > 0 and weights.exp_avg.norm() > 0
+    assert (results[1].signal_to_noise > 0).all()
+    assert bilevel.step(models, 3, batch(), NO_LAYERS).logits_lr > 0 and weights.logits.norm() > 0
+
+
 def test_mode_fixed_trains_upper_alone_on_the_given_weights():
     models, weights = Quadratics(), SourceWeights(NUM_SOURCES, start=[0.2, 0.8, 0.0])
     logits = weights.logits.clone()

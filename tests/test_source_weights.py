@@ -101,6 +101,58 @@ def test_sgd_steps_against_the_hypergradient():
     assert (weights.weights[3] < 0.25) and (weights.weights[1] > 0.25), "the source with the larger gap must lose"
 
 
+def test_signal_to_noise_is_the_mean_over_its_standard_error():
+    weights = new(betas=(0.9, 0.999))
+    generator = torch.Generator().manual_seed(3)
+    ratios = []
+    for step in range(1, 2001):
+        weights.update(1.0, torch.randn(4, generator=generator, dtype=torch.float64), lr=0.0)
+        ratios.append(weights.signal_to_noise)
+        if step == 1:
+            assert ratios[0].tolist() == pytest.approx([1.0] * 4)
+    ratios = torch.stack(ratios[100:])
+    assert (ratios**2).mean().item() == pytest.approx(1.0, abs=0.15)  # of noise alone, as chi-squared
+    assert (ratios > 2).double().mean().item() == pytest.approx(0.05, abs=0.02)
+    for _ in range(200):
+        weights.update(1.0, 100 * GAP, lr=0.0)
+    assert weights.signal_to_noise.min() > 4  # of nothing but signal: at most sqrt(1.9 / 0.1)
+
+
+def test_weights_do_not_walk_on_noise_and_do_without_a_gate():
+    furthest = {0.0: [], 2.0: []}
+    for gate in furthest:
+        for seed in range(20):
+            weights, generator = new(5, gate=gate), torch.Generator().manual_seed(seed)
+            for _ in range(400):
+                weights.update(1.0, torch.randn(5, generator=generator, dtype=torch.float64), lr=0.02)
+            furthest[gate].append((weights.weights - 0.2).abs().max().item())
+    assert max(furthest[2.0]) < 0.05, "a fifth of the weights is noise's"
+    assert min(furthest[0.0]) > max(furthest[2.0]), "this is what the gate is for"
+
+
+@pytest.mark.parametrize("optimizer", LOGITS_OPTIMIZERS)
+def test_a_signal_passes_the_gate_of_every_optimizer_shrunk(optimizer):
+    gated, free = new(optimizer=optimizer, gate=2.0), new(optimizer=optimizer)
+    moves = []
+    for _ in range(60):
+        before = gated.logits.clone(), free.logits.clone()
+        free.logits = gated.logits.clone()
+        for weights in (gated, free):
+            weights.update(1.0, GAP, lr=0.01)
+        moves.append(((gated.logits - before[0]) / (free.logits - before[0])).tolist())
+    assert moves[0] == moves[1] == [0.0] * 4, "one or two steps say nothing"
+    trust = 1 - (2 / gated.signal_to_noise) ** 2
+    assert moves[-1] == pytest.approx(trust.tolist()) and trust.min() > 0.5
+
+
+def test_the_clip_is_of_the_hypergradients_norm():
+    clipped, scaled = new(optimizer="sgd", clip=0.01), new(optimizer="sgd")
+    hypergradient = clipped.update(2.0, GAP, lr=1.0)
+    assert torch.equal(hypergradient, scaled.update(2.0, GAP, lr=1.0)) and hypergradient.norm() > 0.01
+    assert clipped.logits.norm().item() == pytest.approx(0.01)
+    torch.testing.assert_close(clipped.logits / 0.01, scaled.logits / scaled.logits.norm())
+
+
 @pytest.mark.parametrize("optimizer", LOGITS_OPTIMIZERS)
 def test_state_survives_json_exactly(optimizer):
     first = new(optimizer=optimizer, weight_decay=0.01)

@@ -3,6 +3,7 @@
     python tools/study.py presets --data runs/compare --seeds 5 --out tools/benchmarks/results/FILE.json
     python tools/study.py moments --data runs/moments --out FILE.json
     python tools/study.py sampling --data runs/sampling --validation-records 50 --out FILE.json
+    python tools/study.py gate --data runs/gate --copies --out FILE.json
     python tools/study.py smollm2 --model FOLDER --task DIR --oracle clean --seeds 3 --out FILE.json
 
 Every study is declared in tools/studies: arms, task, what ought to come out. The file is written after every run;
@@ -19,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
 
 from megatron_scalebio.config import UserError  # noqa: E402
-from tools.studies import moments, presets, sampling, smollm2  # noqa: E402
+from tools.studies import gate, moments, presets, sampling, smollm2  # noqa: E402
 from tools.studies.runner import run_study, table_lines  # noqa: E402
 
-STUDIES = {"presets": presets, "moments": moments, "sampling": sampling, "smollm2": smollm2}
+STUDIES = {"presets": presets, "moments": moments, "sampling": sampling, "gate": gate, "smollm2": smollm2}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,6 +16,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "bilevel.logits_lr": 1.0e-2,
         "bilevel.logits_schedule": "constant",
         "bilevel.logits_weight_decay": 0.01,
+        "bilevel.logits_gate": 2.0,
         "data.sampling": "adaptive",
         "lisa.pairing": "shared",
     },
@@ -27,6 +28,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "bilevel.logits_lr": 1.0e-2,
         "bilevel.logits_schedule": "cosine",
         "bilevel.logits_weight_decay": 0.01,
+        "bilevel.logits_gate": 0.0,
         "data.sampling": "natural",
         "lisa.pairing": "independent",
     },
@@ -156,6 +158,14 @@ class BilevelConfig:
     logits_lr: Filled[float] = setting(None, "its learning rate", NOT_NEGATIVE)
     logits_schedule: Filled[str] = setting(None, "of logits_lr", choices=("constant", "cosine"))
     logits_weight_decay: Filled[float] = setting(None, "adamw only", NOT_NEGATIVE)
+    logits_gate: Filled[float] = setting(
+        None,
+        "a source's logit stays while the mean of its hypergradient is within this many standard errors of 0: noise; 0:"
+        " it always moves",
+        NOT_NEGATIVE,
+    )
+    logits_clip: float | None = setting(None, "largest norm of the hypergradient; null: no clip", POSITIVE)
+    logits_warmup_steps: int = setting(0, "first steps in which the logits stay, and are only measured", at_least(0))
     weights: Any = setting(
         None, "start: a weights.json or a mapping {name: weight}; null: prior, else uniform", path=True
     )

@@ -17,6 +17,7 @@ def a_record(step: int, **changes: Any) -> StepRecord:
         "penalty_gap": 1e-3,
         "penalty_alpha": 1.0,
         "hypergradient": {"clean": -1e-3, "noisy": 1e-3},
+        "signal_to_noise": {"clean": 1.5, "noisy": 1.5},
         "grad_norm_lower": 1.0,
         "grad_norm_upper": 1.0,
         "lr": 1e-5,

@@ -260,7 +260,7 @@ def test_a_line_has_the_keys_of_the_contract_in_their_order(config):
     first, second = (list(json.loads(line)) for line in read(config, "metrics.jsonl").splitlines())
     keys = "step weights logits train_loss_lower train_loss_upper val_loss penalty_gap penalty_alpha hypergradient"
     keys += " grad_norm_lower grad_norm_upper lr logits_lr active_layers num_tokens num_loss_tokens step_seconds"
-    keys += " tokens_per_second tflops_per_gpu mfu num_examples flops peak_memory_bytes"
+    keys += " tokens_per_second tflops_per_gpu mfu num_examples flops peak_memory_bytes signal_to_noise"
     assert first == keys.split() and second == [*first, "test_loss"]
 
 

@@ -168,7 +168,13 @@ def entering() -> Iterator[None]:
 
 def run_short_jobs(task: str) -> list[dict]:
     """On a rank: two arms of one seed, three steps each, one of them with fixed weights."""
-    small = ["bilevel.global_batch_size=10", "bilevel.validation_batch_size=5", "bilevel.steps=3", "lisa.period=2"]
+    small = [
+        "bilevel.logits_gate=0",
+        "bilevel.global_batch_size=10",
+        "bilevel.validation_batch_size=5",
+        "bilevel.steps=3",
+        "lisa.period=2",
+    ]
     settings = [*presets.SETTINGS, *settings_of(Path(task)), *small]
     arms = Arm("learned", (), entering), Arm("fixed", ("bilevel.mode=fixed",))
     jobs = [Job(arm, 1, QUICKSTART, [*settings, *arm.settings], small, threads=1) for arm in arms]
@@ -202,7 +208,7 @@ def test_a_run_without_a_test_set_is_refused(task):
 
 
 def test_every_declared_study_can_be_started(task, capsys):
-    folders = {"presets": ["--data", "d"], "moments": ["--data", "d"]}
+    folders = {name: ["--data", "d"] for name in ("presets", "moments", "sampling", "gate")}
     folders["smollm2"] = ["--model", "m", "--task", str(task), "--oracle", "clean"]
     for name, declared in program.STUDIES.items():
         args = program.parse([name, *folders[name], "--out", "f.json", "bilevel.steps=3"])

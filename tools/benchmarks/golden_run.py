@@ -8,7 +8,7 @@ from megatron_scalebio import Trainer, open_run
 from tools.benchmarks.tasks import QUICKSTART, make_arithmetic, settings_of
 
 SETTINGS = ["parallel.tensor=1", "precision.compute=fp64", "bilevel.preset=default", "lisa.period=2", "run.device=cpu"]
-SETTINGS += ["data.sampling=stratified"]
+SETTINGS += ["data.sampling=stratified", "bilevel.logits_gate=0"]
 STEPS = 6
 LOSSES = ("train_loss_lower", "train_loss_upper", "val_loss", "penalty_gap")
 KEYS = (*LOSSES, "hypergradient", "grad_norm_lower", "grad_norm_upper", "weights")

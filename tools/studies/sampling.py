@@ -5,6 +5,7 @@ The task and the model of examples/quickstart.yaml, from random weights; with --
 
 import argparse
 import os
+from functools import partial
 
 from tools.benchmarks.tasks import QUICKSTART, make_arithmetic, settings_of
 from tools.studies import presets
@@ -26,16 +27,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def declare(args: argparse.Namespace) -> Study:
-    def task_of(seed: int) -> list[str]:
-        folder = args.data / f"seed_{seed}"
-        make_arithmetic(folder, seed)
-        if args.validation_records is None:
-            return settings_of(folder)
-        few = folder / f"val_{args.validation_records}.jsonl"
-        lines = (folder / "val.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-        few.write_text("".join(lines[: args.validation_records]), encoding="utf-8")
-        return [*settings_of(folder), f"data.validation={few}"]
-
-    about = {"validation records": "all" if args.validation_records is None else str(args.validation_records)}
     settings, order = presets.SETTINGS, presets.ORDER
-    return Study("sampling", ARMS, task_of, QUICKSTART, settings, about, order, baseline=STRATIFIED)
+    return Study("sampling", ARMS, partial(task, args), QUICKSTART, settings, about(args), order, baseline=STRATIFIED)
+
+
+def task(args: argparse.Namespace, seed: int) -> list[str]:
+    """A seed's task, made where it is not there, with as many validation records as asked for."""
+    folder = args.data / f"seed_{seed}"
+    make_arithmetic(folder, seed)
+    if args.validation_records is None:
+        return settings_of(folder)
+    few = folder / f"val_{args.validation_records}.jsonl"
+    lines = (folder / "val.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    few.write_text("".join(lines[: args.validation_records]), encoding="utf-8")
+    return [*settings_of(folder), f"data.validation={few}"]
+
+
+def about(args: argparse.Namespace) -> dict[str, str]:
+    return {"validation records": "all" if args.validation_records is None else str(args.validation_records)}
