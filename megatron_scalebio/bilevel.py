@@ -120,7 +120,9 @@ class Bilevel:
         losses = models.forward_backward(passes, self._fingerprint(step, active_layers))
 
         def rate(base: float, schedule: str, warmup: float) -> float:
-            return scheduled_lr(base, schedule, step, settings.steps, warmup)
+            return scheduled_lr(
+                base, schedule, step, settings.steps, warmup, optimizer.warmup_from_zero, optimizer.lr_end
+            )
 
         lr = rate(optimizer.lr, optimizer.schedule, optimizer.warmup)
         lr_lower = rate(optimizer.lr_lower, optimizer.schedule, optimizer.warmup)

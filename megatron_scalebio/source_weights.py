@@ -146,15 +146,18 @@ def sgd(own: SourceWeights, hypergradient: Tensor, alpha: float, gap: Tensor, lr
     return own.logits - lr * hypergradient
 
 
-def scheduled_lr(base: float, schedule: str, step: int, num_steps: int, warmup: float) -> float:
+def scheduled_lr(
+    base: float, schedule: str, step: int, num_steps: int, warmup: float, from_zero: bool = False, end: float = 0.0
+) -> float:
     """Learning rate of a step (from 1): linear warm-up over `round(warmup * num_steps)` steps, then constant or cosine.
 
-    The cosine starts at the full rate in the first step after the warm-up; the last step's rate is still positive.
+    The cosine starts at the full rate in the first step after the warm-up, and the step after the last would have the
+    rate `end * base`. `from_zero` has the first step's rate be 0, as transformers' schedules and the original's do.
     """
     num_warmup = round(warmup * num_steps)
     if step <= num_warmup:
-        return base * step / num_warmup
+        return base * (step - from_zero) / num_warmup
     if schedule == "constant":
         return base
     progress = (step - 1 - num_warmup) / (num_steps - num_warmup)
-    return base * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return base * (end + (1.0 - end) * 0.5 * (1.0 + math.cos(math.pi * progress)))

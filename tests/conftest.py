@@ -1,13 +1,18 @@
 """The quick tier: with --quick, what a person runs while working; all else is left to the full tier."""
 
+import os
+from pathlib import Path
+
 import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 # Chosen by cost: what needs no process of its own, or one rank. Of many ranks, one TP2 and one PP2 of each kind.
 QUICK_FILES = (
     *("config/", "data/", "hf/", "plan/test_machine.py", "plan/test_planner.py", "show/", "test_active_layers.py"),
     *("test_anatomy.py", "test_bilevel.py", "test_device.py", "test_docs.py", "test_golden.py", "test_losses.py"),
     *("test_reference.py", "test_resolution.py", "test_run.py", "test_source_weights.py", "test_structure.py"),
-    *("kernels/test_loss_sums.py", "tools/test_document_settings.py"),
+    *("kernels/test_loss_sums.py", "tools/test_document_settings.py", "compare/test_statistics.py"),
 )
 # Of these files the tests in whose names one of the words is.
 QUICK_TESTS = {
@@ -42,3 +47,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         raise pytest.UsageError(f"the quick tier of tests/conftest.py names tests that are not there: {absent}")
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = chosen
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data and tokenizers beside the repository."""
+    folder = Path(os.environ.get("MEGATRON_SCALEBIO_SHARED", REPOSITORY.parent / "shared"))
+    if not (folder / "data").is_dir() or not (folder / "tokenizers").is_dir():
+        pytest.skip(f"no data and tokenizers in {folder}; MEGATRON_SCALEBIO_SHARED can name another folder")
+    return folder

@@ -166,18 +166,22 @@ def hypergradient(logits: Tensor, log_prior: Tensor, floor: float, gap: Tensor, 
     return gradient
 
 
-def learning_rate(base: float, schedule: str, warmup_steps: int, step: int, steps: int) -> float:
-    """The rate at `step`, counted from 1: linear to the full rate at warmup_steps, then constant or half a cosine.
+def learning_rate(
+    base: float, schedule: str, warmup_steps: int, step: int, steps: int, from_zero: bool = False, end: float = 0.0
+) -> float:
+    """The rate at `step`, counted from 1: linear to the full rate at warmup_steps (a step later if it begins at zero),
+    then constant or half a cosine down to the share `end`.
 
-    The first step after the warm-up has the full rate and the last one is small but positive.
+    The first step after the warm-up has the full rate; the step after the last would have the end's.
     """
     if step <= warmup_steps:
-        return base * step / warmup_steps
+        return base * ((step - 1) if from_zero else step) / warmup_steps
     match schedule:
         case "constant":
             return base
         case "cosine":
-            return base * 0.5 * (1 + math.cos(math.pi * (step - 1 - warmup_steps) / (steps - warmup_steps)))
+            fallen = 0.5 * (1 - math.cos(math.pi * (step - 1 - warmup_steps) / (steps - warmup_steps)))
+            return base * (1 - (1 - end) * fallen)
     raise ValueError(schedule)
 
 
@@ -254,8 +258,9 @@ class ReferenceRun:
         prior: list[float] | None = None,
         dtype: torch.dtype = torch.float64,
         always_active: Collection[str] = ("embedding", "final_norm", "head"),
+        keep_moments: bool = False,
     ):
-        self.always_active = always_active
+        self.always_active, self.keep_moments = always_active, keep_moments
         self.shape, self.bilevel, self.optimizer = shape, bilevel, optimizer
         self.lower = {name: weight.detach().to(dtype, copy=True) for name, weight in weights.items()}
         self.upper = {name: weight.detach().to(dtype, copy=True) for name, weight in weights.items()}
@@ -319,18 +324,20 @@ class ReferenceRun:
         base = self.optimizer.lr
         if role == "lower" and self.optimizer.lr_lower is not None:
             base = self.optimizer.lr_lower
-        lr = learning_rate(base, self.optimizer.schedule, self._warmup_steps, step, self.bilevel.steps)
+        lr = self._rate(base, self.optimizer.schedule, self._warmup_steps, step)
         model, adamw = getattr(self, role), self.adamw[role]
-        adamw.forget_all_but(list(gradients))
+        if not self.keep_moments:
+            adamw.forget_all_but(list(gradients))
         for name, gradient in gradients.items():
-            decay = self.optimizer.weight_decay if gradient.ndim >= 2 else 0.0
+            decayed = gradient.ndim >= 2 or self.optimizer.decayed == "all"
+            decay = self.optimizer.weight_decay if decayed else 0.0
             model[name] = adamw.update(name, model[name], gradient * scale, lr, decay)
         return norm
 
     def _update_logits(self, gradient: Tensor, gap: Tensor, step: int) -> None:
         settings = self.bilevel
         warmup = 0 if settings.logits_schedule == "constant" else self._warmup_steps
-        lr = learning_rate(settings.logits_lr, settings.logits_schedule, warmup, step, settings.steps)
+        lr = self._rate(settings.logits_lr, settings.logits_schedule, warmup, step)
         match settings.logits_optimizer:
             case "adamw":
                 decay = settings.logits_weight_decay
@@ -341,6 +348,10 @@ class ReferenceRun:
                 self.logits = self.logits - lr * gradient
             case unknown:
                 raise ValueError(unknown)
+
+    def _rate(self, base: float, schedule: str, warmup_steps: int, step: int) -> float:
+        own = self.optimizer
+        return learning_rate(base, schedule, warmup_steps, step, self.bilevel.steps, own.warmup_from_zero, own.lr_end)
 
     @property
     def _warmup_steps(self) -> int:

@@ -35,6 +35,7 @@ CASES = {
     "DP2, bf16": (2, (INDEPENDENT,)),
     "DP2xPP2, bf16": (4, (PP2, INDEPENDENT)),
     "DP2, bf16, adaptive draws": (2, ("data.sampling=adaptive", "bilevel.logits_lr=0.3")),
+    "DP2, bf16, moments of frozen layers kept": (2, (INDEPENDENT, "lisa.keep_moments=true")),
     "DP2, fp8 frozen, moments in bf16": (2, (FP8, "optimizer.moments=bf16")),
     "TP2xPP2, fp8 frozen, moments in fp8": (4, (TP2, PP2, FP8, "optimizer.moments=fp8")),
 }

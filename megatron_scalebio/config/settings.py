@@ -18,10 +18,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "bilevel.logits_weight_decay": 0.01,
         "bilevel.logits_gate": 2.0,
         "data.sampling": "adaptive",
+        "data.replacement": False,
         "lisa.pairing": "shared",
+        "lisa.keep_moments": False,
+        "optimizer.decayed": "matrices",
+        "optimizer.warmup_from_zero": False,
     },
-    # The original's settings, arXiv 2406.19976 and its authors' scripts. Two of its habits do not come back: draws that
-    # differ from rank to rank, and optimizer states of frozen layers kept for ever.
+    # The original's: arXiv 2406.19976 and its authors' scripts at github.com/research4pan/scalebio (b9ccce8). On their
+    # batches and draws it is their run (tests/test_original.py); docs/design.md lists what they have beside it.
     "paper": {
         "bilevel.penalty_alpha": 100.0,
         "bilevel.logits_optimizer": "adamw",
@@ -30,7 +34,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "bilevel.logits_weight_decay": 0.01,
         "bilevel.logits_gate": 0.0,
         "data.sampling": "natural",
+        "data.replacement": True,
         "lisa.pairing": "independent",
+        "lisa.keep_moments": True,
+        "optimizer.decayed": "all",
+        "optimizer.warmup_from_zero": True,
     },
 }
 
@@ -128,6 +136,9 @@ class DataConfig:
     exploration: float = setting(
         0.25, "adaptive, while weights are learned: share of the batch that all sources get equally", UNIT
     )
+    replacement: Filled[bool] = setting(
+        None, "a source's training examples are drawn anew for each step; false: all before any comes again"
+    )
     response_loss_only: bool = setting(True, "false: prompts carry loss, too")
 
 
@@ -187,6 +198,9 @@ class LisaConfig:
         "shared: one stratified draw for both models; independent: one for each",
         choices=("shared", "independent"),
     )
+    keep_moments: Filled[bool] = setting(
+        None, "Adam's state of a layer that freezes waits on the device for its next thaw; false: that begins anew"
+    )
     always_active: list[str] = setting(
         ["embedding", "final_norm", "head"],
         "what trains beside the layers drawn; a tied embedding and head go together; left out, a block stays frozen",
@@ -200,14 +214,19 @@ class OptimizerConfig:
 
     lr: float = setting(2.0e-6, "both models", NOT_NEGATIVE)
     lr_lower: Filled[float] = setting(None, "null: lr", NOT_NEGATIVE)
-    weight_decay: float = setting(5.0e-4, "matrices only: norms and biases are never decayed", NOT_NEGATIVE)
+    weight_decay: float = setting(5.0e-4, "decoupled: times lr", NOT_NEGATIVE)
+    decayed: Filled[str] = setting(
+        None, "what weight_decay shrinks; matrices: no norms, no biases", choices=("matrices", "all")
+    )
     clip_grad: float | None = setting(
         1.0, "global norm of each model at clip_grad * penalty_alpha; null: no clip", POSITIVE
     )
     betas: list[float] = setting([0.9, 0.999], "decay of the first and second moment", BETAS)
     eps: float = setting(1.0e-8, "is added to the root of the second moment", POSITIVE)
     schedule: str = setting("cosine", "of lr and lr_lower, after the warm-up", choices=("cosine", "constant"))
+    lr_end: float = setting(0.0, "where cosines end, as a share of the full rate; of logits_lr, too", UNIT)
     warmup: float = setting(0.03, "linear, of lr and lr_lower", SHARE)
+    warmup_from_zero: Filled[bool] = setting(None, "the first step's rate is 0; false: one part of the warm-up's")
     moments: str | None = setting(
         None,
         "how Adam's moments are stored; null: as the masters, fp32; fp8: with block scales",

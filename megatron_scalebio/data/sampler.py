@@ -28,12 +28,13 @@ class Sampler:
         self._batch_size = config.bilevel.global_batch_size
         self._validation_batch_size = config.bilevel.validation_batch_size
         self._rank, self._size = data_parallel_rank, data_parallel_size
-        seed = config.run.seed
+        seed, replacement = config.run.seed, config.data.replacement
         if config.data.sampling == "natural":
-            self._streams = [_Stream([example for source in dataset.train for example in source], f"{seed}/pooled")]
+            pool = [example for source in dataset.train for example in source]
+            self._streams = [_Stream(pool, f"{seed}/pooled", replacement)]
         else:
             self._streams = [
-                _Stream(examples, f"{seed}/train/{name}")
+                _Stream(examples, f"{seed}/train/{name}", replacement)
                 for name, examples in zip(dataset.source_names, dataset.train, strict=True)
             ]
         self._shares = _adaptive_shares(config, len(dataset.train)) if config.data.sampling == "adaptive" else None
@@ -132,16 +133,18 @@ def _adaptive_shares(config: Config, num_sources: int) -> AdaptiveShares:
 class _Stream:
     """Examples of one pool, in an order that depends on nothing but `key` and the pool's size."""
 
-    def __init__(self, examples: list[Example], key: str) -> None:
-        self._examples, self._key = examples, key
-        self._permutation = lru_cache(maxsize=2)(self._draw_permutation)  # a batch may lie across two epochs
+    def __init__(self, examples: list[Example], key: str, replacement: bool = False) -> None:
+        self._examples, self._key, self._replacement = examples, key, replacement
+        self._order = lru_cache(maxsize=2)(self._draw_order)  # a batch may lie across two epochs
 
     def take(self, start: int, stop: int) -> list[Example]:
         """Examples `start` up to, not including, `stop` of the endless sequence."""
         size = len(self._examples)
-        return [self._examples[self._permutation(index // size)[index % size]] for index in range(start, stop)]
+        return [self._examples[self._order(index // size)[index % size]] for index in range(start, stop)]
 
-    def _draw_permutation(self, epoch: int) -> np.ndarray:
-        """Sorts raw 64-bit draws: numpy keeps a bit generator's raw stream the same for ever, its shuffles not."""
-        seed = int.from_bytes(hashlib.sha256(f"{self._key}/{epoch}".encode()).digest(), "little")
-        return np.argsort(np.random.PCG64(seed).random_raw(len(self._examples)), kind="stable")
+    def _draw_order(self, epoch: int) -> np.ndarray:
+        """A permutation, or as many independent draws. Raw 64-bit draws are sorted, or taken by their remainder: numpy
+        keeps a bit generator's raw stream the same for ever, its shuffles not."""
+        seed, size = hashlib.sha256(f"{self._key}/{epoch}".encode()).digest(), len(self._examples)
+        raw = np.random.PCG64(int.from_bytes(seed, "little")).random_raw(size)
+        return raw % np.uint64(size) if self._replacement else np.argsort(raw, kind="stable")

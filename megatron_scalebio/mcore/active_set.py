@@ -2,7 +2,8 @@
 
 State exists for the active blocks only, sharded over data parallelism: per block one full gradient in the master dtype
 (the parameters' `main_grad` are its slices), and this rank's shard of master and moments. A block that stays active
-over a redraw keeps its state; one that freezes loses it; one that thaws starts anew.
+over a redraw keeps its state; one that freezes loses it, and one that thaws starts anew, unless `lisa.keep_moments`
+has Adam's state wait on the device, as the original's optimizer does.
 """
 
 from dataclasses import dataclass
@@ -26,6 +27,24 @@ TIED_BLOCKS = ("embedding", "head")
 
 
 @dataclass
+class AdamState:
+    """Of this rank's shard of a block."""
+
+    exp_avg: Moment
+    exp_avg_sq: Moment
+    num_updates: int = 0  # Adam's bias correction counts each block's own
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold, by name; views to save from and to load into."""
+        moments = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        return {f"{name}/{part}": x for name, moment in moments.items() for part, x in moment.tensors().items()}
+
+    @property
+    def nbytes(self) -> int:
+        return self.exp_avg.nbytes + self.exp_avg_sq.nbytes
+
+
+@dataclass
 class ActiveBlock:
     """An active block's training state. `shard` is this rank's range of the flat block."""
 
@@ -33,9 +52,7 @@ class ActiveBlock:
     shard: slice
     gradient: Tensor  # [numel] master dtype
     master: Tensor  # [numel / DP]
-    exp_avg: Moment  # of numel / DP parameters
-    exp_avg_sq: Moment
-    num_updates: int = 0  # Adam's bias correction counts each block's own
+    adam: AdamState  # of numel / DP parameters
 
     def local_regions(self) -> list[tuple[Region, slice]]:
         """The regions that reach into this rank's shard, with their range within it."""
@@ -50,8 +67,8 @@ class ActiveBlock:
 
     def num_bytes(self) -> int:
         """Bytes of gradient, moments and, where it is not the weights themselves, master."""
-        parts = [self.gradient, self.exp_avg, self.exp_avg_sq, *([self.master] if self.has_own_master else [])]
-        return sum(part.nbytes for part in parts)
+        parts = [self.gradient, *([self.master] if self.has_own_master else [])]
+        return sum(part.nbytes for part in parts) + self.adam.nbytes
 
 
 class ActiveSet:
@@ -60,7 +77,10 @@ class ActiveSet:
     def __init__(self, role: Role, store: WeightStore, groups: ProcessGroups, config: Config):
         self.role, self.store, self.groups, self.optimizer = role, store, groups, config.optimizer
         self.sequence_parallel, self.tied = config.parallel.sequence, config.model.shape.tied_embeddings
+        self.master_dtype = torch.float64 if config.precision.compute == "fp64" else torch.float32
+        self.keeps_moments = config.lisa.keep_moments
         self.blocks: dict[str, ActiveBlock] = {}
+        self.waiting: dict[str, AdamState] = {}  # of frozen blocks, where moments are kept
         self.norm: Tensor | None = None  # of the gradient at hand, before the clip
         self._hooks: dict[str, list[RemovableHandle]] = {}
 
@@ -113,6 +133,16 @@ class ActiveSet:
         dist.all_reduce(total)
         return total.sqrt()
 
+    def adam_states(self) -> dict[str, AdamState]:
+        """Of the active blocks, and of those whose state waits."""
+        return {name: active.adam for name, active in self.blocks.items()} | self.waiting
+
+    def new_adam_state(self, block: Block) -> AdamState:
+        size = block.numel // self.groups.data.size()
+        kind, device = self.optimizer.moments, self.store.device
+        first, second = (Moment.zeros(size, kind, self.master_dtype, device) for _ in range(2))
+        return AdamState(first, second)
+
     def step(self, lr: float, max_norm: float | None) -> Tensor:
         """Clip to `max_norm`, update the active blocks; returns the norm before the clip. Needs `reduce_gradients`."""
         norm = self.norm
@@ -124,17 +154,19 @@ class ActiveSet:
         return norm
 
     def _update(self, active: ActiveBlock, lr: float, scale: Tensor) -> None:
-        active.num_updates += 1
+        adam = active.adam
+        adam.num_updates += 1
         weights, gradient = active.block.flat[active.shard], active.gradient[active.shard]
         beta1, beta2 = self.optimizer.betas
+        of_matrices = min(max(active.block.num_decayed - active.shard.start, 0), len(gradient))
         adamw_update(
             weights if active.has_own_master else active.master,
             active.master,
             gradient,
-            active.exp_avg,
-            active.exp_avg_sq,
-            num_decayed=min(max(active.block.num_decayed - active.shard.start, 0), len(gradient)),
-            step=active.num_updates,
+            adam.exp_avg,
+            adam.exp_avg_sq,
+            num_decayed=len(gradient) if self.optimizer.decayed == "all" else of_matrices,
+            step=adam.num_updates,
             lr=lr,
             betas=(beta1, beta2),
             eps=self.optimizer.eps,
@@ -145,15 +177,11 @@ class ActiveSet:
         gather_weights(active.block.flat, active.shard, self.groups)
 
     def _thaw(self, name: str) -> None:
-        dtype = self.store.blocks[self.role][name].parameters[0].tensor.dtype
-        master_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        block, master = self.store.thaw(self.role, name, master_dtype)
-        gradient = torch.zeros(block.numel, dtype=master_dtype, device=master.device)
-        exp_avg, exp_avg_sq = (
-            Moment.zeros(len(master), self.optimizer.moments, master_dtype, master.device) for _ in range(2)
-        )
+        block, master = self.store.thaw(self.role, name, self.master_dtype)
+        gradient = torch.zeros(block.numel, dtype=self.master_dtype, device=master.device)
+        adam = self.waiting.pop(name, None) or self.new_adam_state(block)
         shard = data_parallel_shard(block.numel, self.groups)
-        self.blocks[name] = ActiveBlock(block, shard, gradient, master, exp_avg, exp_avg_sq)
+        self.blocks[name] = ActiveBlock(block, shard, gradient, master, adam)
         views = block.views(gradient)
         for parameter, view in zip(block.parameters, views, strict=True):
             parameter.tensor.main_grad = view
@@ -169,6 +197,8 @@ class ActiveSet:
         for parameter in active.block.parameters:
             del parameter.tensor.main_grad
             parameter.tensor.grad = None
+        if self.keeps_moments:
+            self.waiting[name] = active.adam
         self.store.freeze(self.role, name, active.master)
 
 

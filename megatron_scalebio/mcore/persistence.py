@@ -14,7 +14,7 @@ from megatron_scalebio.mcore.weight_store import WeightStore, data_parallel_shar
 
 
 class Persistence:
-    """The blocks of this rank's models, exact, and the optimizer state of those that train."""
+    """The blocks of this rank's models, exact, and the optimizer state of those that train, or that is kept."""
 
     def __init__(self, store: WeightStore, active_sets: dict[Role, ActiveSet], groups: ProcessGroups):
         self.store, self.active_sets, self.groups = store, active_sets, groups
@@ -38,7 +38,7 @@ class Persistence:
             "shared": [name for name in self.store.blocks[Role.UPPER] if self.store.is_shared(name)],
             "host_masters": [[role.value, name] for role, name in self.store.masters],
             "num_updates": {
-                role.value: {name: active.num_updates for name, active in active_set.blocks.items()}
+                role.value: {name: adam.num_updates for name, adam in active_set.adam_states().items()}
                 for role, active_set in self.active_sets.items()
             },
         }
@@ -65,10 +65,8 @@ class Persistence:
                     continue
                 key = f"{'shared' if shared else role.value}/{name}"
                 tensors[f"{key}/weights"] = exact
-                if (active := self.active_sets[role].blocks.get(name)) is not None:
-                    moments = {"exp_avg": active.exp_avg, "exp_avg_sq": active.exp_avg_sq}
-                    for moment, parts in moments.items():
-                        tensors |= {f"{key}/{moment}/{part}": tensor for part, tensor in parts.tensors().items()}
+                if (adam := self.active_sets[role].adam_states().get(name)) is not None:
+                    tensors |= {f"{key}/{part}": tensor for part, tensor in adam.tensors().items()}
         cut = (0, self.groups.data.rank(), self.groups.data.size())
         return {
             key: ShardedTensor.from_rank_offsets(f"{key}/tensor_rank_{self.groups.tensor_rank}", tensor, cut)
@@ -84,8 +82,12 @@ class Persistence:
                 if [role.value, name] in state["host_masters"]:
                     length = block.numel // self.groups.data.size()
                     self.store.masters.put((role, name), torch.zeros(length, device=self.store.device))
-            for name, active in self.active_sets[role].blocks.items():
-                active.num_updates = state["num_updates"][role.value][name]
+            active_set = self.active_sets[role]
+            for name in state["num_updates"][role.value]:
+                if name in blocks and name not in active_set.blocks:
+                    active_set.waiting[name] = active_set.new_adam_state(blocks[name])
+            for name, adam in active_set.adam_states().items():
+                adam.num_updates = state["num_updates"][role.value][name]
 
     def load_tensors(self, loaded: dict[str, Tensor]) -> None:
         """Copy a checkpoint's tensors in, then make each block what its exact weights say."""

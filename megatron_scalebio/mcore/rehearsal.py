@@ -192,13 +192,13 @@ def _count_static_parts(models: MegatronModels, tracker: MemoryTracker) -> None:
     """Count weights, gradients and optimizer state as what they are; masters on the host do not count."""
     actives = [active for active_set in models.active_sets.values() for active in active_set.blocks.values()]
     blocks = [block for blocks in models.store.blocks.values() for block in blocks.values()]
-    moments = [moment for active in actives for moment in (active.exp_avg, active.exp_avg_sq)]
+    states = [state for active_set in models.active_sets.values() for state in active_set.adam_states().values()]
     tracker.assign(None, models.store.masters.values())
     tracker.assign("frozen weights", [tensor for block in blocks for tensor in _weights(block)])
     tracker.assign("active weights", [active.block.flat for active in actives])
     tracker.assign("gradients", [active.gradient for active in actives])
     tracker.assign("masters", [active.master for active in actives if active.has_own_master])
-    tracker.assign("moments", [tensor for moment in moments for tensor in moment.tensors().values()])
+    tracker.assign("moments", [tensor for state in states for tensor in state.tensors().values()])
 
 
 def _weights(block: Block) -> list[Tensor]:

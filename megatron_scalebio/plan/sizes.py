@@ -154,7 +154,8 @@ def rank_bytes(
         parts["active weights"] += num_active * padded * weight
         parts["frozen weights"] += (num_copies - num_active) * frozen
         parts["gradients"] += num_active * padded * master
-        parts["moments"] += num_active * moment_bytes(config, shard)
+        with_moments = num_trained if config.lisa.keep_moments else num_active
+        parts["moments"] += with_moments * moment_bytes(config, shard)
         if weight != master:
             parts["masters"] += num_active * shard * master
         if frozen != padded * master:  # what is kept of a frozen block is not exact

@@ -1,21 +1,8 @@
 import json
-import os
-from pathlib import Path
 
 import pytest
 
 from megatron_scalebio.config import Config, SourceConfig, load_config
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    """The folder of real data and tokenizers beside the repository."""
-    folder = Path(os.environ.get("MEGATRON_SCALEBIO_SHARED", REPOSITORY.parent / "shared"))
-    if not (folder / "data").is_dir() or not (folder / "tokenizers").is_dir():
-        pytest.skip(f"no data and tokenizers in {folder}; MEGATRON_SCALEBIO_SHARED can name another folder")
-    return folder
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ def records(name: str, count: int) -> list[dict]:
 def config(make_config):
     sources = {name: records(name, size) for name, size in SIZES.items()}
     config = make_config(sources, records("v", 9), records("t", 11))
-    config.bilevel.global_batch_size = 8
+    config.bilevel.global_batch_size, config.data.sampling = 8, "stratified"
     config.bilevel.validation_batch_size = 4
     return config
 

@@ -17,7 +17,7 @@ from megatron_scalebio.active_layers import Role, draw_active_layers, period_of
 from megatron_scalebio.anatomy import padded_vocab_size
 from megatron_scalebio.anatomy.tensors import shard
 from megatron_scalebio.bilevel import Bilevel, StepResult
-from megatron_scalebio.config import Config
+from megatron_scalebio.config import Config, DataConfig
 from megatron_scalebio.data import Example, MicroBatch, StepBatch, build_micro_batch
 from megatron_scalebio.data.batch import Rows
 from megatron_scalebio.data.packing import plan_microbatches, rows_of
@@ -95,29 +95,40 @@ def random_examples(seed: int, source_ids: tuple[int, ...]) -> list[Example]:
 
 def step_batch(case: Case, step: int, data_rank: int, data_size: int) -> StepBatch:
     """A data-parallel rank's part of a step, and the global counts."""
-    data = case.config.data
     train, validation = case.train_examples(step), case.validation_examples(step)
+    return batch_of(train, validation, case.num_sources, case.config.data, data_rank, data_size)
+
+
+def batch_of(
+    train: list[Example],
+    validation: list[Example],
+    num_sources: int,
+    data: DataConfig,
+    data_rank: int = 0,
+    data_size: int = 1,
+) -> StepBatch:
+    """A data-parallel rank's part of a batch of given examples."""
 
     def micro_batches(examples: list[Example]) -> list[MicroBatch]:
         lengths = [example.num_positions for example in examples]
-        plan = plan_microbatches(lengths, MAX_LENGTH, data.packing, data.micro_batch_size, data_rank, data_size)
+        plan = plan_microbatches(lengths, data.max_length, data.packing, data.micro_batch_size, data_rank, data_size)
         return [
-            build_micro_batch([[examples[i] for i in row] for row in rows], MAX_LENGTH, data.micro_batch_size, 0)
+            build_micro_batch([[examples[i] for i in row] for row in rows], data.max_length, data.micro_batch_size, 0)
             for rows in plan
         ]
 
     def rows(examples: list[Example]) -> Rows:
         lengths = [example.num_positions for example in examples]
-        return rows_of(lengths, MAX_LENGTH, data.packing, data.micro_batch_size, data_size)
+        return rows_of(lengths, data.max_length, data.packing, data.micro_batch_size, data_size)
 
     return StepBatch(
         train=micro_batches(train),
         validation=micro_batches(validation),
-        num_examples=[sum(e.source_id == source for e in train) for source in range(case.num_sources)],
+        num_examples=[sum(e.source_id == source for e in train) for source in range(num_sources)],
         num_loss_tokens=[
-            sum(int(e.loss_mask.sum()) for e in train if e.source_id == source) for source in range(case.num_sources)
+            sum(int(e.loss_mask.sum()) for e in train if e.source_id == source) for source in range(num_sources)
         ],
-        scale=[1.0] * case.num_sources,
+        scale=[1.0] * num_sources,
         num_validation_examples=len(validation),
         num_validation_loss_tokens=sum(int(e.loss_mask.sum()) for e in validation),
         num_tokens=sum(e.num_positions for e in [*train, *validation]),
@@ -231,8 +242,8 @@ def state_tensors(models: MegatronModels) -> dict[str, Tensor]:
                 tensors[f"{role}/{name}/scale {index}"] = matrix.scale.clone()
         for name, active in active_set.blocks.items():
             tensors[f"{role}/{name}/master"] = active.master.clone()
-            for moment, stored in {"exp_avg": active.exp_avg, "exp_avg_sq": active.exp_avg_sq}.items():
-                tensors |= {f"{role}/{name}/{moment}/{part}": x.clone() for part, x in stored.tensors().items()}
+        for name, adam in active_set.adam_states().items():
+            tensors |= {f"{role}/{name}/{part}": x.clone() for part, x in adam.tensors().items()}
     for role, name in models.store.masters:
         tensors[f"{role}/{name}/frozen master"] = models.store.masters[role, name].clone()
     return tensors

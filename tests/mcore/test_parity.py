@@ -22,6 +22,7 @@ ABSENT = ((0, 0, 1, 2), (2, 0, 0), (1, 1, 0), (2, 2, 2), (0, 1, 2))
 CASES = {
     "default": Case(),
     "paper": Case(("bilevel.preset=paper",)),
+    "moments kept, cosines that end high": Case(("lisa.keep_moments=true", "optimizer.lr_end=0.5"), steps=7),
     "without LISA": Case(("lisa.enabled=false",)),
     "mode fixed": Case(("bilevel.mode=fixed", START)),
     "start weights": Case((START,)),
@@ -62,6 +63,7 @@ def take_reference_steps(case: Case, steps: list[Step], dtype: torch.dtype) -> t
     run = ReferenceRun(
         *(initial_weights(case), config.model.shape, bilevel, optimizer, logits, prior, dtype),
         always_active=config.lisa.always_active,
+        keep_moments=config.lisa.keep_moments,
     )
     records = []
     for number, step in enumerate(steps, start=1):
