@@ -93,7 +93,8 @@ def main() -> int:
         trainer.take_step()
         for role, layers in trainer.active_layers.items():
             ever_active.setdefault(role, set()).update(layers)
-    batches = [trainer.sampler.step(args.steps + 1 + index) for index in range(args.batches)]
+    weights = trainer.source_weights.weights.tolist()
+    batches = [trainer.sampler.step(args.steps + 1 + index, weights) for index in range(args.batches)]
     found = {}
     for name, (compute, frozen, inputs) in PRECISIONS.items():
         precision = replace(run.config.precision, compute=compute, frozen_weights=frozen, frozen_inputs=inputs)
