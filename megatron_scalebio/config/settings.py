@@ -137,7 +137,7 @@ class DataConfig:
         0.25, "adaptive, while weights are learned: share of the batch that all sources get equally", UNIT
     )
     replacement: Filled[bool] = setting(
-        None, "a source's training examples are drawn anew for each step; false: all before any comes again"
+        None, "each training example is drawn at random from all; false: all are seen before any comes again"
     )
     response_loss_only: bool = setting(True, "false: prompts carry loss, too")
 

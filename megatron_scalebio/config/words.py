@@ -27,6 +27,7 @@ _HERE = {
     "optimizer.lr": "learning_rate max_lr base_lr",
     "optimizer.schedule": "lr_scheduler_type lr_scheduler scheduler lr_schedule",
     "optimizer.warmup, a share of the steps": "warmup_ratio warmup_steps num_warmup_steps lr_warmup_steps",
+    "optimizer.lr_end, a share of the rate": "min_lr min_lr_ratio lr_min",
     "optimizer.betas": "adam_beta1 adam_beta2 beta1 beta2",
     "optimizer.eps": "adam_epsilon epsilon",
     "optimizer.clip_grad": "max_grad_norm clip_grad_norm gradient_clipping grad_clip gradient_clip_val",
@@ -73,7 +74,8 @@ _ABSENT = {
     "nothing to set: data is tokenised in memory at the start": "preprocessing_num_workers dataloader_num_workers"
     " overwrite_cache dataset_num_proc dataset_prepared_path tokenized_path dataset_processes streaming"
     " preprocessing_batch_size num_workers dataloader_pin_memory",
-    "every epoch of a source is a new permutation, from run.seed": "shuffle shuffle_dataset data_seed",
+    "every epoch of a source is a new permutation from run.seed; data.replacement draws anew": "shuffle shuffle_dataset"
+    " data_seed",
     "nothing to set: a run's folder is never overwritten; take another run.output_dir": "overwrite_output_dir",
     "every checkpoint is kept": "save_total_limit save_only_model",
     "nothing to set: no code of a checkpoint is run": "trust_remote_code",

@@ -252,3 +252,14 @@ def test_natural_sampling_may_have_more_sources_than_examples_per_step(config):
 def test_steps_count_from_one(config):
     with pytest.raises(ValueError, match="steps count from 1, not 0"):
         sampler_of(load_dataset(config), config, 0, 1).step(0)
+
+
+def test_with_replacement_an_example_comes_again_before_all_have_come_and_each_comes_as_often(config):
+    config.data.sampling, config.data.replacement = "natural", True
+    pool = config.bilevel.global_batch_size = sum(SIZES.values())
+    sampler, again = (sampler_of(load_dataset(config), config, 0, 1) for _ in range(2))
+    found = [examples_of(sampler.step(step).train) for step in range(1, 401)]
+    assert examples_of(again.step(117).train) == found[116], "late steps need no replay"
+    assert all(len(batch) < pool for batch in found), "a step of all examples has some of them twice"
+    total = sum(found, Counter())
+    assert len(total) == pool and all(abs(count - 400) < 5 * 400**0.5 for count in total.values())

@@ -69,6 +69,7 @@ def held_bytes(config: Config, num_periods: int) -> list[dict[str, int]]:
         models.redraw(drawn)
         weights = models.store.num_bytes()
         state = sum(block.num_bytes() for part in models.active_sets.values() for block in part.blocks.values())
+        state += sum(adam.nbytes for part in models.active_sets.values() for adam in part.waiting.values())
         found.append(
             {
                 "weights": weights["shared"] + weights["own"],
@@ -88,6 +89,7 @@ def held_bytes(config: Config, num_periods: int) -> list[dict[str, int]]:
         ["parallel.pipeline=2", "model.shape.tied_embeddings=true", "precision.compute=fp32"],
         ["precision.compute=bf16", "lisa.pairing=independent"],  # two data-parallel ranks
         ["precision.compute=fp64", "lisa.enabled=false"],
+        ["precision.compute=bf16", "lisa.keep_moments=true", "parallel.pipeline=2"],
         ["bilevel.mode=fixed", "precision.compute=bf16"],
         ["model.family=llama3", "model.shape.head_size=10", "parallel.pipeline=2", "precision.compute=bf16"],
         ["model.family=gemma2", "model.shape.head_size=24", "model.shape.tied_embeddings=true", "parallel.tensor=2"],

@@ -27,12 +27,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def declare(args: argparse.Namespace) -> Study:
-    settings, about = (
-        presets.SETTINGS,
-        sampling.about(args) | {"sources": "five copies" if args.copies else "the task's"},
-    )
+    about = sampling.about(args) | {"sources": "five copies" if args.copies else "the task's"}
     order = () if args.copies else presets.ORDER
-    return Study("gate", ARMS, partial(task, args), QUICKSTART, settings, about, order, baseline=UNGATED)
+    return Study("gate", ARMS, partial(task, args), QUICKSTART, presets.SETTINGS, about, order, baseline=UNGATED)
 
 
 def task(args: argparse.Namespace, seed: int) -> list[str]:
