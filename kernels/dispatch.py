@@ -41,6 +41,11 @@ def on_triton(tensor: Tensor) -> bool:
     return tensor.dtype != torch.float64 and (device_type(tensor.device) == "cuda" or INTERPRET)
 
 
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for products of bf16 (AVX-512's; AMX comes with them); without, fp32 is faster."""
+    return torch.cpu._is_avx512_bf16_supported()
+
+
 def require_dense(**tensors: Tensor) -> None:
     """Refuse what a kernel would address wrongly. Raises: ValueError, unless the last dimension's stride is 1."""
     for name, tensor in tensors.items():

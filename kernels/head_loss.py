@@ -10,6 +10,8 @@ the tensor cores take. Tokens without loss are not among the N, so they cost not
 Shapes: N tokens that carry loss, H hidden, V vocabulary, V_local this tensor-parallel rank's padded shard.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_scalebio.kernels.cross_entropy import cross_entropy
-from megatron_scalebio.kernels.dispatch import device_type, on_triton
+from megatron_scalebio.kernels.dispatch import cpu_multiplies_bf16, device_type, on_triton
 from megatron_scalebio.spans import Span, span
 
 # The weight's fp32 gradient is read and written once per chunk, so a GPU takes large ones: at V_local 19,008 the logits
@@ -73,8 +75,8 @@ class _HeadLoss(torch.autograd.Function):
         wanted: tuple[bool, bool],
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        # What the products take: on a GPU the model's dtype, elsewhere, where bf16 is slow, the accumulator's.
-        operand = hidden.dtype if on_triton(hidden) else wide
+        # What the products take: the model's dtype, or the accumulator's on a CPU that has no products of bf16.
+        operand = hidden.dtype if on_triton(hidden) or cpu_multiplies_bf16() else wide
         head = weight.to(operand)
         token_losses = torch.empty(len(targets), dtype=wide, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wanted[0] else None
@@ -130,7 +132,8 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
     elif device_type(a.device) == "cuda":
         torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:
-        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+        with _operands_as_bf16():
+            torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
 def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -140,4 +143,16 @@ def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
     elif device_type(a.device) == "cuda":
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
-        out.addmm_(a.to(out.dtype), b.to(out.dtype))
+        with _operands_as_bf16():
+            out.addmm_(a.to(out.dtype), b.to(out.dtype))
+
+
+@contextmanager
+def _operands_as_bf16() -> Iterator[None]:
+    """oneDNN multiplies fp32 matrices as bf16 and accumulates in fp32: for what was bf16 before, nothing is rounded."""
+    matmul = torch.backends.mkldnn.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

@@ -139,13 +139,13 @@ def check_fp64() -> None:
 
 def check_low_precision() -> None:
     """Errors in the 2-norm: losses by the roundings of fp32, the products of bf16 by those of their operands, too."""
-    for dtype, softcap in product((torch.float32, torch.bfloat16), (None, 30.0)):
+    for dtype, softcap, bf16_cpu in product((torch.float32, torch.bfloat16), (None, 30.0), (True, False)):
         for size in SIZES[1:]:
             hidden, weight, targets, coefs = inputs(size, dtype)
             scale = 1 / 3  # no bf16 number
             exact = hidden.double(), weight.double(), targets, coefs * scale, size[2]
             truth = plain(*exact, torch.float64, softcap)
-            with mock.patch.dict(module.TOKENS_PER_CHUNK, cpu=10):
+            with mock.patch.dict(module.TOKENS_PER_CHUNK, cpu=10), a_cpu(bf16_cpu):
                 found = sharded(hidden, weight, targets, coefs.float(), size[2], softcap, scale)
             names = ("losses", "hidden", "weight")
             for name, mine, true, allowed in zip(names, found, truth, errors(*exact, softcap, dtype), strict=True):
@@ -171,6 +171,11 @@ def errors(hidden, weight, targets, coefs, vocab_size, softcap, dtype) -> tuple[
     return of_losses, of_hidden + of_parts, of_weight
 
 
+def a_cpu(multiplies_bf16: bool):
+    """One that has, or has not, instructions for products of bf16."""
+    return mock.patch.object(module, "cpu_multiplies_bf16", lambda: multiplies_bf16)
+
+
 def check_what_needs_a_gradient() -> None:
     size = SIZES[2]
     hidden, weight, targets, coefs = inputs(size, torch.float64)
@@ -190,6 +195,12 @@ def check_what_needs_a_gradient() -> None:
 
 def check_main_grad() -> None:
     """Two chunks and two calls, as micro-batches make them: what bf16 would have swallowed is there."""
+    for bf16_cpu in (True, False):
+        with a_cpu(bf16_cpu):
+            check_main_grad_here()
+
+
+def check_main_grad_here() -> None:
     size = SIZES[3]
     hidden, weight, targets, coefs = inputs(size, torch.bfloat16)
     weight.requires_grad_()
@@ -202,8 +213,9 @@ def check_main_grad() -> None:
     assert weight.grad is None
     gradient = plain(hidden.double(), weight.detach().double(), targets, coefs, size[2], torch.float64)[2]
     error = (main_grad - kept + gradient).norm() / gradient.norm()
-    # The kernels' products take the logits' gradient in bf16, as plain code of that precision does; its sum is fp32.
-    assert error <= 2**-9 if on_triton(hidden) else error <= 1e-6, error
+    # Products of bf16 take the logits' gradient in bf16, as plain code of that precision does; its sum is fp32.
+    assert error <= 2**-9 if on_triton(hidden) or module.cpu_multiplies_bf16() else error <= 1e-6, error
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none"
 
 
 def check_difference() -> None:
