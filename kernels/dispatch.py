@@ -42,7 +42,8 @@ def on_triton(tensor: Tensor) -> bool:
 
 
 def cpu_multiplies_bf16() -> bool:
-    """Whether this CPU has instructions for products of bf16 (AVX-512's; AMX comes with them); without, fp32 is faster."""
+    """Whether this CPU has instructions for products of bf16: AVX-512's, beside which AMX comes. Without, fp32 is
+    faster."""
     return torch.cpu._is_avx512_bf16_supported()
 
 

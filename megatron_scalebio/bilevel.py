@@ -106,7 +106,7 @@ class Bilevel:
         fixed = settings.mode == "fixed"
 
         scale = torch.tensor(batch.scale, dtype=torch.float64)
-        train = [self._train_coefs(part, batch, alpha * p * scale) for part in batch.train]
+        train = [self._train_coefs(part, batch, alpha * _kept(p, batch.kept) * scale) for part in batch.train]
         lower_train = Pass(Role.LOWER, "train", batch.train, train, len(p))
         upper_train = Pass(Role.UPPER, "train", batch.train, train, len(p))
         upper_validation = evaluation_pass(
@@ -164,6 +164,14 @@ class Bilevel:
         """20 bits of what every rank must agree on before a step: its number, the logits, the active layers."""
         state = f"{step} {self.source_weights.logits.tolist()} {sorted(active_layers.items())}"
         return zlib.crc32(state.encode()) & 0xFFFFF
+
+
+def _kept(weights: Tensor, kept: list[float]) -> Tensor:
+    """What the models train with, where `data.max_epochs` holds sources back: [K], adds up to one as the weights do."""
+    if min(kept) == 1.0:
+        return weights
+    cut = weights * torch.tensor(kept, dtype=torch.float64)
+    return cut / cut.sum()
 
 
 def evaluation_pass(

@@ -56,9 +56,12 @@ def _lines(plan: Plan, dataset: Dataset) -> Iterator[str]:
     config, bilevel = plan.config, plan.config.bilevel
     yield layout_line(plan)
     yield batch_line(config)
-    for name, examples in zip(dataset.source_names, dataset.train, strict=True):
-        truncated, dropped = dataset.num_truncated[name], dataset.num_dropped[name]
-        yield f"source {name}: {len(examples)} examples, {truncated} of them truncated; {dropped} dropped"
+    for name, number in dataset.num_examples.items():
+        truncated, dropped, twice = (
+            of[name] for of in (dataset.num_truncated, dataset.num_dropped, dataset.num_duplicates)
+        )
+        repeated = f", {twice} exact duplicates" if twice else ""
+        yield f"source {name}: {number} examples, {truncated} of them truncated{repeated}; {dropped} dropped"
     yield f"validation: {len(dataset.validation)} examples; test: {len(dataset.test)} examples"
     yield parameters_line(plan)
     yield from memory_lines(plan)

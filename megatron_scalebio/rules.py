@@ -261,6 +261,11 @@ def _sources(config: Config) -> list[str]:
             f" raise bilevel.global_batch_size={bilevel.global_batch_size}, or set data.sampling=adaptive, under which"
             " they take turns"
         )
+    if data.max_epochs is not None and data.sampling != "adaptive":
+        problems.append(
+            f"data.max_epochs={data.max_epochs:g} with data.sampling={data.sampling}, whose shares are not free to"
+            " change: set data.sampling=adaptive, or data.max_epochs to null"
+        )
     if bilevel.prior is not None:
         problems += _mapping("bilevel.prior", bilevel.prior, names, zero_allowed=False)
     if bilevel.weights is not None:

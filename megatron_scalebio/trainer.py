@@ -90,10 +90,8 @@ class Trainer:
 
     def _loop(self, stop: "_StopSignal") -> int:
         config, num_steps = self.config, self.config.bilevel.steps
-        num_examples = {
-            name: len(examples) for name, examples in zip(self.dataset.source_names, self.dataset.train, strict=True)
-        }
-        writer = MetricsWriter(config, num_examples, self.step, self.groups.rank == 0)
+        counts = self.dataset.num_examples, self.dataset.num_duplicates
+        writer = MetricsWriter(config, *counts, self.step, self.groups.rank == 0)
         with writer as metrics, StepTrace(config.run, self.groups.rank, self.device) as trace:
             done = self.step == num_steps or self._settled(metrics)
             while not done:
@@ -228,6 +226,7 @@ class Trainer:
             tflops_per_gpu=flops.executed / rank_seconds / 1e12,
             mfu=None if peak is None else flops.model / rank_seconds / peak,
             num_examples=dict(zip(names, batch.num_examples, strict=True)),
+            kept={} if config.data.max_epochs is None else dict(zip(names, batch.kept, strict=True)),
             flops=flops.executed,
             peak_memory_bytes=peak_memory(self.device),
         )

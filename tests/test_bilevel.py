@@ -81,11 +81,11 @@ def micro_batch(source_ids: list[int]) -> MicroBatch:
     return MicroBatch(ids, torch.tensor([0, len(ids)], dtype=torch.int32), len(ids), ids, ids, ids, ones)
 
 
-def batch() -> StepBatch:
-    ones = [1] * NUM_SOURCES
-    rows = Rows([1] * NUM_SOURCES, []), Rows([1], [])
-    scale = [1.0] * NUM_SOURCES
-    return StepBatch([micro_batch([0, 1, 2])], [micro_batch([0])], ones, ones, scale, 1, 1, NUM_SOURCES + 1, *rows)
+def batch(kept: list[float] | None = None) -> StepBatch:
+    ones, rows = [1] * NUM_SOURCES, (Rows([1] * NUM_SOURCES, []), Rows([1], []))
+    scale, kept = [1.0] * NUM_SOURCES, kept or [1.0] * NUM_SOURCES
+    train, validation = [micro_batch([0, 1, 2])], [micro_batch([0])]
+    return StepBatch(train, validation, ones, ones, scale, kept, 1, 1, NUM_SOURCES + 1, *rows)
 
 
 def config(*overrides: str) -> Config:
@@ -163,6 +163,21 @@ def test_the_logits_wait_for_their_warm_up_and_are_measured_in_it():
     assert results[1].hypergradient.norm() > 0 and weights.exp_avg.norm() > 0
     assert (results[1].signal_to_noise > 0).all()
     assert bilevel.step(models, 3, batch(), NO_LAYERS).logits_lr > 0 and weights.logits.norm() > 0
+
+
+def test_what_a_limit_takes_from_a_source_goes_to_the_others_and_not_into_what_is_learned():
+    """Weights .5, .3, .2, of which the first keeps half: the models train with 1/3, .4, 4/15."""
+    starts = [0.5, 0.3, 0.2], [1 / 3, 0.4, 4 / 15]
+    held, free = (Bilevel(config("bilevel.penalty_alpha=10"), SourceWeights(3, start=start)) for start in starts)
+    models, like = Quadratics(), Quadratics()
+    held.step(models, 1, batch([0.5, 1.0, 1.0]), NO_LAYERS)
+    free.step(like, 1, batch(), NO_LAYERS)
+    for role in Role:
+        torch.testing.assert_close(models.x[role], like.x[role])
+    gap = train_losses(models.x[Role.UPPER]) - train_losses(models.x[Role.LOWER])
+    expected = held.source_weights.hypergradient(10.0, gap)
+    found = held.step(models, 2, batch([0.5, 1.0, 1.0]), NO_LAYERS).hypergradient
+    torch.testing.assert_close(found, expected)
 
 
 def test_mode_fixed_trains_upper_alone_on_the_given_weights():

@@ -58,7 +58,7 @@ def compare(
         budget_flops = (steps or config.bilevel.steps) * flops_of_step(run, world)
     folder = Path(config.run.output_dir).absolute()
     terms = Terms(config, world, at_once, budget_flops, learning_share, mixtures, folder)
-    counts = dict(zip(run.dataset.source_names, map(len, run.dataset.train), strict=True))
+    counts = run.dataset.num_examples
     file, head = folder / "compare.json", _head(terms)
     results = _read(file, head)
     processes = Processes()

@@ -139,6 +139,12 @@ class DataConfig:
     replacement: Filled[bool] = setting(
         None, "each training example is drawn at random from all; false: all are seen before any comes again"
     )
+    max_epochs: float | None = setting(
+        None,
+        "no source is drawn more often than this many times its records: what its weight asks for beyond goes to the"
+        " others; null: no limit",
+        POSITIVE,
+    )
     response_loss_only: bool = setting(True, "false: prompts carry loss, too")
 
 

@@ -46,6 +46,7 @@ class StepBatch:
     num_examples: list[int]  # [K] n_i: training examples of each source in the global batch (usable: t_e > 0)
     num_loss_tokens: list[int]  # [K] training tokens that carry loss, per source, in the global batch
     scale: list[float]  # [K] what a source's mean loss counts for: 1, unless sources take turns (see shares.py)
+    kept: list[float]  # [K] share of its weight that data.max_epochs leaves a source; the others take what it loses
     num_validation_examples: int  # global
     num_validation_loss_tokens: int  # global
     num_tokens: int  # global, train and validation each counted once, padding excluded

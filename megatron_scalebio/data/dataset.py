@@ -44,6 +44,19 @@ class Dataset:
     num_dropped: dict[str, int] = field(default_factory=dict)  # over_length=drop, or every loss token cut away
     num_truncated: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def num_examples(self) -> dict[str, int]:
+        """Usable records of each source."""
+        return dict(zip(self.source_names, map(len, self.train), strict=True))
+
+    @cached_property
+    def num_duplicates(self) -> dict[str, int]:
+        """Of each source, examples that an earlier one of it equals in every token and in what carries loss."""
+        return {
+            name: len(examples) - len({(e.tokens.tobytes(), e.loss_mask.tobytes()) for e in examples})
+            for name, examples in zip(self.source_names, self.train, strict=True)
+        }
+
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of all that decides the steps: source names, and tokens and masks of training and validation."""

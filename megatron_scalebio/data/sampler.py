@@ -16,7 +16,7 @@ from megatron_scalebio.config import Config
 from megatron_scalebio.data.batch import MicroBatch, Rows, StepBatch
 from megatron_scalebio.data.dataset import Dataset, Example
 from megatron_scalebio.data.packing import build_micro_batch, plan_microbatches, rows_of
-from megatron_scalebio.data.shares import AdaptiveShares
+from megatron_scalebio.data.shares import AdaptiveShares, Share, draw_limits
 
 
 class Sampler:
@@ -37,7 +37,7 @@ class Sampler:
                 _Stream(examples, f"{seed}/train/{name}", replacement)
                 for name, examples in zip(dataset.source_names, dataset.train, strict=True)
             ]
-        self._shares = _adaptive_shares(config, len(dataset.train)) if config.data.sampling == "adaptive" else None
+        self._shares = _adaptive_shares(config, dataset) if config.data.sampling == "adaptive" else None
         self._validation = _Stream(dataset.validation, f"{seed}/validation")
 
     def step(self, step: int, weights: Sequence[float] = ()) -> StepBatch:
@@ -48,7 +48,8 @@ class Sampler:
         """
         if step < 1:
             raise ValueError(f"steps count from 1, not {step}")
-        train, scale = self._train_examples(step, weights)
+        share = self._share(step, weights)
+        train = self._train_examples(share)
         validation = []
         if self._dataset.validation:
             size = self._validation_batch_size
@@ -61,7 +62,8 @@ class Sampler:
             validation=self._microbatches(validation),
             num_examples=np.bincount(source_ids, minlength=num_sources).tolist(),
             num_loss_tokens=np.bincount(source_ids, loss_tokens, num_sources).astype(int).tolist(),
-            scale=scale,
+            scale=share.scale,
+            kept=share.kept,
             num_validation_examples=len(validation),
             num_validation_loss_tokens=sum(example.num_loss_tokens for example in validation),
             num_tokens=sum(example.num_positions for example in [*train, *validation]),
@@ -82,29 +84,29 @@ class Sampler:
         if self._shares is not None and state is not None:
             self._shares.load_state_dict(state)
 
-    def _train_examples(self, step: int, weights: Sequence[float]) -> tuple[list[Example], list[float]]:
-        """Training examples, and `StepBatch.scale`."""
+    def _share(self, step: int, weights: Sequence[float]) -> Share:
         if self._shares is None:
-            spans, scale = self._equal_spans(step), [1.0] * len(self._dataset.train)
-        else:
-            if step != self._shares.num_batches + 1:
-                raise ValueError(f"step {step} follows {self._shares.num_batches} batches: adaptive draws go in order")
-            share = self._shares.next(list(weights))
-            spans = [(start, start + count) for start, count in zip(share.start, share.num_examples, strict=True)]
-            scale = share.scale
-        taken = [stream.take(*span) for stream, span in zip(self._streams, spans, strict=True)]
-        return [example for examples in taken for example in examples], scale
+            return self._equal_share(step)
+        if step != self._shares.num_batches + 1:
+            raise ValueError(f"step {step} follows {self._shares.num_batches} batches: adaptive draws go in order")
+        return self._shares.next(list(weights))
 
-    def _equal_spans(self, step: int) -> list[tuple[int, int]]:
-        """Of K streams each gives B // K examples; the remainder goes round, one source after the other."""
-        num_streams = len(self._streams)
+    def _train_examples(self, share: Share) -> list[Example]:
+        spans = zip(self._streams, share.start, share.num_examples, strict=True)
+        return [example for stream, start, count in spans for example in stream.take(start, start + count)]
+
+    def _equal_share(self, step: int) -> Share:
+        """Of the streams each gives as many examples; the remainder goes round, one after the other."""
+        num_streams, num_sources = len(self._streams), len(self._dataset.train)
         share, remainder = divmod(self._batch_size, num_streams)
 
         def drawn(index: int, steps: int) -> int:
-            # Extras go to sources 0, 1, .., K - 1, 0, .. in turn: by step t source i got ceil((t * remainder - i) / K).
+            # Extras go to streams 0, 1, .., 0, .. in turn: by step t stream i of n has ceil((t * remainder - i) / n).
             return steps * share + -((index - steps * remainder) // num_streams)
 
-        return [(drawn(index, step - 1), drawn(index, step)) for index in range(num_streams)]
+        starts, stops = ([drawn(index, steps) for index in range(num_streams)] for steps in (step - 1, step))
+        counts = [stop - start for start, stop in zip(starts, stops, strict=True)]
+        return Share(starts, counts, [1.0] * num_sources, [1.0] * num_sources)
 
     def _microbatches(self, examples: list[Example]) -> list[MicroBatch]:
         data = self._data
@@ -123,11 +125,17 @@ class Sampler:
         return rows_of(lengths, data.max_length, data.packing, data.micro_batch_size, self._size)
 
 
-def _adaptive_shares(config: Config, num_sources: int) -> AdaptiveShares:
+def _adaptive_shares(config: Config, dataset: Dataset) -> AdaptiveShares:
     """While the weights are learned every source must be measured; where they are given, they alone decide."""
-    learns = config.bilevel.mode == "bilevel"
-    exploration = config.data.exploration if learns else 0.0
-    return AdaptiveShares(num_sources, config.bilevel.global_batch_size, exploration, at_least_one=learns)
+    learns, bilevel = config.bilevel.mode == "bilevel", config.bilevel
+    return AdaptiveShares(
+        len(dataset.train),
+        bilevel.global_batch_size,
+        config.data.exploration if learns else 0.0,
+        at_least_one=learns,
+        limits=draw_limits(config, [len(examples) for examples in dataset.train]),
+        num_batches=bilevel.steps,
+    )
 
 
 class _Stream:

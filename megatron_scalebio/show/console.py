@@ -29,6 +29,7 @@ class RunConsole:
         self.console = console or Console(highlight=False, soft_wrap=True)
         self.live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
         self._latest: list[StepRecord] = []
+        self._held_back: set[str] = set()
         self._refreshed = 0.0
 
     def open(self) -> None:
@@ -44,6 +45,7 @@ class RunConsole:
         """Plain output shows the first step, the last, every `plain_every`th and evaluations."""
         step, last = record.step, record.step == self.total_steps
         first = not self._latest
+        self._tell_held_back(record)
         self._latest = [*self._latest, record][-MOST_STEPS_AVERAGED:]
         if self.live:
             if last or time.monotonic() - self._refreshed > REFRESH_SECONDS:
@@ -59,6 +61,13 @@ class RunConsole:
             self.live.stop()
         if summary is None:
             return
+        self.console.print(self._table(summary))
+        if summary["still_moving"]:
+            self._print("The weights are still moving: more steps would move them further.")
+        for line in warnings_of(summary):
+            self._print(line)
+
+    def _table(self, summary: dict[str, Any]) -> Table:
         table = Table("source")
         for head in ("examples", "final weight", "mean of last quarter", "settled", "epochs"):
             table.add_column(head, justify="right")
@@ -66,9 +75,15 @@ class RunConsole:
             mean = summary["weights_mean"][name]
             settled, epochs = "yes" if summary["settled"][name] else "no", f"{summary['epochs'][name]:.2f}"
             table.add_row(Text(name), str(self.num_examples[name]), f"{weight:.3f}", f"{mean:.3f}", settled, epochs)
-        self.console.print(table)
-        if summary["still_moving"]:
-            self._print("The weights are still moving: more steps would move them further.")
+        return table
+
+    def _tell_held_back(self, record: StepRecord) -> None:
+        """Once of each source."""
+        new = [name for name, kept in record.kept.items() if kept < 1 and name not in self._held_back]
+        self._held_back.update(new)
+        if new:
+            limit = f"data.max_epochs={self.config.data.max_epochs:g}"
+            self._print(f"step {record.step}: {limit} holds {', '.join(new)} back; the others take that share")
 
     def _print(self, text: str) -> None:
         """Above the live view."""
@@ -101,6 +116,19 @@ class RunConsole:
         if len(weights) > len(shown):
             chart.add_row(Text(f"and {len(weights) - len(shown)} more", style="dim"))
         return Group(progress, Text(_numbers(record)), chart)
+
+
+def warnings_of(summary: dict[str, Any]) -> list[str]:
+    """What a user should know of the sources' records."""
+    lines = []
+    for name, twice in summary["num_duplicates"].items():
+        if twice:
+            lines.append(f"{name}: {twice} of its examples are exact duplicates of others in it")
+    for name, found in summary["overfitting"].items():
+        if found:
+            seen = f"its records have been seen {summary['epochs'][name]:.1f} times"
+            lines.append(f"{name} is overfitting: {seen}, its training loss falls, the validation loss does not")
+    return lines
 
 
 def _numbers(record: StepRecord) -> str:

@@ -1,19 +1,12 @@
 """One record per step on disk: metrics.jsonl and weights.json."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from megatron_scalebio.config import Config, UserError, config_sha256
 from megatron_scalebio.run_folder import RunFolder, replace_file
 from megatron_scalebio.show.record import StepRecord
-
-# A weight has settled if its trend over the last quarter of the steps is below TREND of itself (of LEAST of an equal
-# share, where it is lower), or within NOISE times its scatter about that trend. Fewer than FEWEST steps say nothing.
-TREND, LEAST, NOISE, FEWEST = 0.1, 0.1, 2.0, 5
 
 
 class MetricsFiles:
@@ -40,8 +33,10 @@ class MetricsFiles:
             "weights_mean": summary["weights_mean"],
             "logits": line["logits"],
             "num_examples": self.num_examples,
+            "num_duplicates": summary["num_duplicates"],
             "epochs": summary["epochs"],
             "epochs_planned": summary["epochs_planned"],
+            "overfitting": summary["overfitting"],
             "settled": summary["settled"],
             "still_moving": summary["still_moving"],
             "config_sha256": self.config_sha256,
@@ -82,44 +77,6 @@ def take_up_metrics(folder: RunFolder, start_step: int) -> list[dict[str, Any]]:
         replace_file(aside, "".join(lines[len(kept) :]))
         replace_file(path, "".join(lines[: len(kept)]))
     return kept
-
-
-def weights_summary(history: list[dict[str, float]]) -> dict[str, Any]:
-    """{"weights", "weights_mean", "settled", "still_moving"} of the weights after each step so far.
-
-    The last quarter is the last ceil(step / 4) steps. The trend is what the line of least squares rises or falls over
-    it; a weight whose trend is smaller than the noise about it would not be elsewhere after more such steps.
-    """
-    quarter, names = math.ceil(len(history) / 4), list(history[-1])
-    table = np.array([list(weights.values()) for weights in history[-quarter:]])  # [steps, sources]
-    mean, times = table.mean(axis=0), np.arange(quarter) - (quarter - 1) / 2
-    slope = times @ (table - mean) / max(times @ times, 1.0)
-    scatter = (table - mean - np.outer(times, slope)).std(axis=0)
-    trend = np.abs(slope) * quarter
-    small = trend < TREND * np.maximum(mean, LEAST / len(names))
-    settled = (small | (trend < NOISE * scatter)) & (quarter >= FEWEST)
-    return {
-        "weights": history[-1],
-        "weights_mean": dict(zip(names, mean.tolist(), strict=True)),
-        "settled": dict(zip(names, settled.tolist(), strict=True)),
-        "still_moving": not settled.all(),
-    }
-
-
-def epochs_summary(drawn: list[dict[str, int]], num_examples: dict[str, int], num_steps: int) -> dict[str, Any]:
-    """{"epochs", "epochs_planned"}: how often a source's records have been seen, and will have been after all steps at
-    the pace of the last quarter of those so far.
-
-    Args:
-        drawn: training examples of each source in each step so far; empty where a step's are not known.
-    """
-    quarter, left = drawn[-math.ceil(len(drawn) / 4) :], num_steps - len(drawn)
-    done = {name: sum(step.get(name, 0) for step in drawn) for name in num_examples}
-    pace = {name: sum(step.get(name, 0) for step in quarter) / len(quarter) for name in num_examples}
-    return {
-        "epochs": {name: done[name] / size for name, size in num_examples.items()},
-        "epochs_planned": {name: (done[name] + left * pace[name]) / size for name, size in num_examples.items()},
-    }
 
 
 def read_metrics(output_dir: Path) -> list[dict[str, Any]]:

@@ -37,6 +37,7 @@ class StepRecord:
     flops: float  # executed in this step by all ranks together
     peak_memory_bytes: int  # of the fullest rank: on a GPU torch's tensors in this step; on the CPU the process so far
     signal_to_noise: BySource  # of the hypergradient's running mean: `SourceWeights.signal_to_noise`
+    kept: BySource  # share of its weight that data.max_epochs leaves a source; empty: there is no limit
     test_loss: float | None = None  # of the upper model; only in records of steps after which it was evaluated
     test_loss_lower: float | None = None  # the same, where `run.export_model` names the lower model
 

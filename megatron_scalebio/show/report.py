@@ -4,12 +4,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from megatron_scalebio.config import load_config
+from megatron_scalebio.config import Config, load_config
 from megatron_scalebio.resolution import changed_from_preset
 from megatron_scalebio.run_folder import RunFolder, replace_file
 from megatron_scalebio.show.charts import Line, line_chart
-from megatron_scalebio.show.console import duration
-from megatron_scalebio.show.metrics import read_metrics, read_weights, weights_summary
+from megatron_scalebio.show.console import duration, warnings_of
+from megatron_scalebio.show.metrics import read_metrics, read_weights
+from megatron_scalebio.show.summary import weights_summary
 
 STYLE = """
 :root { color-scheme: light dark; }
@@ -43,6 +44,7 @@ preset {config.bilevel.preset}. {moving}{_pace(records)}</p>
 {"".join(charts)}
 <h2>Sources</h2>
 {_sources_table(records, weights)}
+{_remarks(records, weights, config)}
 <h2>Settings that differ from the preset</h2>
 {_settings_table(changed_from_preset(config))}
 <p>Configuration <code>{weights["config_sha256"]}</code></p>
@@ -115,6 +117,16 @@ def _sources_table(records: list[dict[str, Any]], weights: dict[str, Any]) -> st
     heads = ("examples", "final weight", "mean of last quarter", "settled", "epochs")
     head = "<th>source</th>" + "".join(f'<th class="number">{text}</th>' for text in heads)
     return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
+
+
+def _remarks(records: list[dict[str, Any]], weights: dict[str, Any], config: Config) -> str:
+    """Of runs of earlier versions less is known."""
+    lines = warnings_of({"num_duplicates": {}, "overfitting": {}} | weights)
+    kept = [(name, share) for name, share in records[-1].get("kept", {}).items() if share < 1]
+    for name, share in kept:
+        limit = f"data.max_epochs={config.data.max_epochs:g}"
+        lines.append(f"{limit} leaves {name} {share:.3g} of the share of its weight; the others take the rest")
+    return "".join(f"<p>{escape(line)}.</p>" for line in lines)
 
 
 def _settings_table(changes: dict[str, tuple[Any, Any]]) -> str:

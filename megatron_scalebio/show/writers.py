@@ -8,12 +8,14 @@ from typing import Any, Protocol
 from megatron_scalebio.config import Config, write_config
 from megatron_scalebio.run_folder import RunFolder
 from megatron_scalebio.show.console import RunConsole
-from megatron_scalebio.show.metrics import MetricsFiles, claim_folder, epochs_summary, take_up_metrics, weights_summary
+from megatron_scalebio.show.metrics import MetricsFiles, claim_folder, take_up_metrics
 from megatron_scalebio.show.record import StepRecord
+from megatron_scalebio.show.summary import epochs_summary, overfitting_summary, weights_summary
 
 
 class Writer(Protocol):
-    """Shows or keeps one run's records, on the main rank. `summary` is `weights_summary`'s and `epochs_summary`'s."""
+    """Shows or keeps one run's records, on the main rank. `summary` is what show/summary.py makes of all so far, and
+    "num_duplicates"."""
 
     def open(self) -> None:
         """Before the first record: the output folder is this run's, and holds config.yaml and what a run that this one
@@ -29,18 +31,29 @@ class Writer(Protocol):
 class MetricsWriter:
     """Hands each record of a run to its writers; ranks but the main do nothing. Used as a context manager.
 
-    `num_examples` is {source name: usable records}, in the order of the sources. `start_step` is the number of steps
-    already done: 0, or the step of the checkpoint that the run continues from. Records of later steps that an
-    interrupted run has left behind are moved to metrics.dropped-N.jsonl.
+    Records of later steps that an interrupted run has left behind are moved to metrics.dropped-N.jsonl.
+
+    Args:
+        num_examples, num_duplicates: `Dataset`'s, by source, in the order of the sources.
+        start_step: steps already done: 0, or the step of the checkpoint that the run continues from.
     """
 
-    def __init__(self, config: Config, num_examples: dict[str, int], start_step: int, is_main_rank: bool):
+    def __init__(
+        self,
+        config: Config,
+        num_examples: dict[str, int],
+        num_duplicates: dict[str, int],
+        start_step: int,
+        is_main_rank: bool,
+    ):
         self.config, self.start_step, self.is_main_rank = config, start_step, is_main_rank
         self.folder = RunFolder(Path(config.run.output_dir))
         self.writers: list[Writer] = [MetricsFiles(config, num_examples), RunConsole(config, num_examples)]
-        self.num_examples = num_examples
+        self.num_examples, self.num_duplicates = num_examples, num_duplicates
         self.history: list[dict[str, float]] = []  # weights after each step, from step 1
         self.drawn: list[dict[str, int]] = []  # examples of each source in each step
+        self.train_losses: list[dict[str, float | None]] = []  # of the upper model, in each step
+        self.validation_losses: list[float | None] = []
         self._stack = ExitStack()
 
     def __enter__(self) -> "MetricsWriter":
@@ -51,8 +64,8 @@ class MetricsWriter:
             claim_folder(self.folder)
         write_config(self.config, self.folder.config)
         records = take_up_metrics(self.folder, self.start_step)
-        self.history = [record["weights"] for record in records]
-        self.drawn = [record.get("num_examples", {}) for record in records]
+        for record in records:
+            self._remember(record)
         with ExitStack() as stack:  # what was opened is closed, should the next not open
             for writer in self.writers:
                 writer.open()
@@ -69,8 +82,7 @@ class MetricsWriter:
         """Takes one step's record. On disk, flushed, before it returns."""
         if not self.is_main_rank:
             return
-        self.history.append(record.to_dict()["weights"])
-        self.drawn.append(record.num_examples)
+        self._remember(record.to_dict())
         summary = self._summary()
         for writer in self.writers:
             writer.record(record, summary)
@@ -89,9 +101,17 @@ class MetricsWriter:
             and not weights_summary(history)["still_moving"]
         )
 
+    def _remember(self, record: dict[str, Any]) -> None:
+        self.history.append(record["weights"])
+        self.drawn.append(record.get("num_examples", {}))
+        self.train_losses.append(record["train_loss_upper"])
+        self.validation_losses.append(record["val_loss"])
+
     def _summary(self) -> dict[str, Any]:
-        num_steps = self.config.bilevel.steps
-        return weights_summary(self.history) | epochs_summary(self.drawn, self.num_examples, num_steps)
+        epochs = epochs_summary(self.drawn, self.num_examples, self.config.bilevel.steps)
+        overfitting = overfitting_summary(self.train_losses, self.validation_losses, epochs["epochs"])
+        found = {"num_duplicates": self.num_duplicates, "overfitting": overfitting}
+        return weights_summary(self.history) | epochs | found
 
     def _closing(self, writer: Writer) -> Any:
         """What closes a writer when the run ends: the end of an ExitStack's context."""

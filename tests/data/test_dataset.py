@@ -150,3 +150,10 @@ def test_real_records_become_examples(shared, make_config, tokenizer):
     for name, examples in zip(dataset.source_names, dataset.train, strict=True):
         assert len(examples) + dataset.num_dropped[name] == 40 and dataset.num_dropped[name] == 0
         assert max(int(example.tokens.max()) for example in examples) < dataset.tokenizer.vocab_size
+
+
+def test_exact_duplicates_are_counted_within_a_source_alone(make_config):
+    same, other = {"prompt": "1+1", "response": "2"}, {"prompt": "1+1", "response": "3"}
+    config = make_config({"a": [same, other, same, same], "b": [same], "c": [other, {**other, "id": 7}]})
+    dataset = load_dataset(config)
+    assert dataset.num_duplicates == {"a": 2, "b": 0, "c": 1} and dataset.num_examples == {"a": 4, "b": 1, "c": 2}

@@ -1,9 +1,13 @@
 """The draws that follow the weights: whole, exact in the long run, unbiased."""
 
+import math
+
 import numpy as np
 import pytest
 
-from megatron_scalebio.data.shares import AdaptiveShares
+from megatron_scalebio.config import SourceConfig, UserError
+from megatron_scalebio.data.shares import AdaptiveShares, draw_limits
+from tests.configs import resolved
 
 
 def walk(num_sources: int, steps: int, seed: int = 0) -> list[list[float]]:
@@ -63,3 +67,60 @@ def test_sources_that_take_turns_count_in_the_long_run_what_they_would_in_every_
 def test_a_source_of_weight_zero_is_never_drawn_where_weights_are_given():
     shares = AdaptiveShares(3, 5, 0.0, at_least_one=False)
     assert all(shares.next([0.62, 0.38, 0.0]).num_examples[2] == 0 for _ in range(50))
+
+
+@pytest.mark.parametrize("num_sources, batch_size, slack", [(2, 8, 1.0), (5, 100, 1.01), (60, 128, 1.5), (9, 2, 1.2)])
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_limit_is_never_passed_and_no_batch_is_short(num_sources, batch_size, slack, learns):
+    """Also where the limits leave no more draws than the batches need; over a resume, too."""
+    steps, rng = 200, np.random.default_rng(1)
+    sizes = rng.dirichlet(np.ones(num_sources)) * slack * steps * batch_size
+    limits = [math.ceil(size) for size in sizes]
+    terms = (num_sources, batch_size, 0.25 if learns else 0.0, learns, limits, steps)
+    shares, drawn = AdaptiveShares(*terms), np.zeros(num_sources, dtype=int)
+    for step, now in enumerate(walk(num_sources, steps, seed=5)):
+        if step == steps // 2:
+            state, shares = shares.state_dict(), AdaptiveShares(*terms)
+            shares.load_state_dict(state)
+        share = shares.next(now)
+        assert sum(share.num_examples) == batch_size and min(share.num_examples) >= 0
+        assert all(0 <= kept <= 1 for kept in share.kept)
+        drawn += share.num_examples
+    assert np.all(drawn <= limits)
+
+
+def test_what_a_limit_takes_goes_to_the_others_in_proportion_and_is_told():
+    shares = AdaptiveShares(3, 100, 0.0, at_least_one=True, limits=[500, 10_000, 10_000], num_batches=50)
+    weights = [0.6, 0.3, 0.1]
+    shares.next(weights)
+    share = shares.next(weights)
+    assert share.num_examples == [10, 68, 22] or share.num_examples == [10, 67, 23]
+    np.testing.assert_allclose(share.kept, [10 / 60, 1, 1], rtol=1e-2)
+    assert share.scale == [1.0, 1.0, 1.0]
+    free = AdaptiveShares(3, 100, 0.0, at_least_one=True, limits=[10_000] * 3, num_batches=50).next(weights)
+    assert free.kept == [1.0, 1.0, 1.0] and free.num_examples == [60, 30, 10]
+
+
+def test_a_source_that_may_be_drawn_less_than_once_a_batch_takes_turns():
+    shares = AdaptiveShares(2, 10, 0.25, at_least_one=True, limits=[25, 10_000], num_batches=100)
+    found = [shares.next([0.5, 0.5]) for _ in range(100)]
+    assert sum(share.num_examples[0] for share in found) == 25
+    assert {share.num_examples[0] for share in found} == {0, 1}
+    assert sum(share.scale[0] for share in found if share.num_examples[0]) == pytest.approx(100, rel=0.1)
+
+
+def limited(*overrides: str):
+    config = resolved("data.max_epochs=2", "bilevel.steps=10", "bilevel.global_batch_size=4", *overrides)
+    config.data.sources = [SourceConfig(name, name) for name in ("a", "b")]
+    return config
+
+
+def test_limits_are_epochs_times_records_and_too_few_are_refused_before_the_first_step():
+    assert draw_limits(limited(), [10, 15]) == [20, 30]
+    assert draw_limits(limited("data.max_epochs=null"), [1, 1]) is None
+    with pytest.raises(UserError, match=r"allows 38 draws .* are 40: raise data.max_epochs, or lower .* to 9"):
+        draw_limits(limited(), [9, 10])
+    given = limited("bilevel.mode=fixed", "bilevel.weights={a: 1, b: 0}")
+    assert draw_limits(given, [20, 1]) == [40, 2]
+    with pytest.raises(UserError, match="allows 38 draws"):
+        draw_limits(given, [19, 100])

@@ -129,6 +129,7 @@ def batch_of(
             sum(int(e.loss_mask.sum()) for e in train if e.source_id == source) for source in range(num_sources)
         ],
         scale=[1.0] * num_sources,
+        kept=[1.0] * num_sources,
         num_validation_examples=len(validation),
         num_validation_loss_tokens=sum(int(e.loss_mask.sum()) for e in validation),
         num_tokens=sum(e.num_positions for e in [*train, *validation]),

@@ -30,6 +30,7 @@ def a_record(step: int, **changes: Any) -> StepRecord:
         "tflops_per_gpu": 400.0,
         "mfu": None,
         "num_examples": {"clean": 6, "noisy": 2},
+        "kept": {},
         "flops": 1e14,
         "peak_memory_bytes": 2**30,
     }

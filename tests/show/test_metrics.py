@@ -12,13 +12,15 @@ from rich.console import Console
 from megatron_scalebio.config import SourceConfig, UserError, config_sha256, load_config, write_config
 from megatron_scalebio.run_folder import check_output_dir
 from megatron_scalebio.show.console import RunConsole, duration
-from megatron_scalebio.show.metrics import epochs_summary, read_metrics, weights_summary
+from megatron_scalebio.show.metrics import read_metrics
 from megatron_scalebio.show.record import StepRecord
+from megatron_scalebio.show.summary import epochs_summary, overfitting_summary, weights_summary
 from megatron_scalebio.show.writers import MetricsWriter
 from tests.configs import resolved
 from tests.show.records import a_record
 
 NUM_EXAMPLES = {"clean": 30, "noisy": 20}
+NUM_DUPLICATES = {"clean": 0, "noisy": 3}
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def config(tmp_path):
 
 
 def write_steps(config, first: int, last: int, **changes) -> None:
-    with MetricsWriter(config, NUM_EXAMPLES, start_step=first - 1, is_main_rank=True) as metrics:
+    with MetricsWriter(config, NUM_EXAMPLES, NUM_DUPLICATES, start_step=first - 1, is_main_rank=True) as metrics:
         for step in range(first, last + 1):
             metrics.record(a_record(step, **changes))
 
@@ -47,8 +49,10 @@ def test_weights_json_has_exactly_the_keys_of_the_contract(config):
         "weights_mean": {"clean": pytest.approx(0.725), "noisy": pytest.approx(0.275)},  # of steps 4 and 5
         "logits": {"clean": 0.5, "noisy": -0.5},
         "num_examples": NUM_EXAMPLES,
+        "num_duplicates": NUM_DUPLICATES,
         "epochs": {"clean": 6 * 5 / 30, "noisy": 2 * 5 / 20},
         "epochs_planned": {"clean": 6 * 8 / 30, "noisy": 2 * 8 / 20},
+        "overfitting": {"clean": False, "noisy": False},
         "settled": {"clean": False, "noisy": False},
         "still_moving": True,
         "config_sha256": config_sha256(config),
@@ -56,7 +60,7 @@ def test_weights_json_has_exactly_the_keys_of_the_contract(config):
 
 
 def test_weights_json_exists_from_the_first_step_on(config):
-    with MetricsWriter(config, NUM_EXAMPLES, start_step=0, is_main_rank=True) as metrics:
+    with MetricsWriter(config, NUM_EXAMPLES, NUM_DUPLICATES, start_step=0, is_main_rank=True) as metrics:
         for step in (1, 2):
             metrics.record(a_record(step))
             assert json.loads(read(config, "weights.json"))["step"] == step
@@ -100,7 +104,7 @@ def test_non_finite_numbers_become_null(config):
 
 
 def test_other_ranks_write_nothing(config, tmp_path):
-    with MetricsWriter(config, NUM_EXAMPLES, start_step=0, is_main_rank=False) as metrics:
+    with MetricsWriter(config, NUM_EXAMPLES, NUM_DUPLICATES, start_step=0, is_main_rank=False) as metrics:
         metrics.record(a_record(1))
     assert not (tmp_path / "run").exists()
 
@@ -160,7 +164,7 @@ def test_what_moved_before_the_last_quarter_has_settled():
 def test_a_run_may_end_by_its_weights_after_a_quarter_of_its_steps(config):
     config.bilevel.steps = 100
     still = {"weights": {"clean": 0.5, "noisy": 0.5}}
-    with MetricsWriter(config, NUM_EXAMPLES, start_step=0, is_main_rank=True) as metrics:
+    with MetricsWriter(config, NUM_EXAMPLES, NUM_DUPLICATES, start_step=0, is_main_rank=True) as metrics:
         for step in range(1, 25):
             metrics.record(a_record(step, **still))
         assert not metrics.settled()
@@ -260,8 +264,49 @@ def test_a_line_has_the_keys_of_the_contract_in_their_order(config):
     first, second = (list(json.loads(line)) for line in read(config, "metrics.jsonl").splitlines())
     keys = "step weights logits train_loss_lower train_loss_upper val_loss penalty_gap penalty_alpha hypergradient"
     keys += " grad_norm_lower grad_norm_upper lr logits_lr active_layers num_tokens num_loss_tokens step_seconds"
-    keys += " tokens_per_second tflops_per_gpu mfu num_examples flops peak_memory_bytes signal_to_noise"
+    keys += " tokens_per_second tflops_per_gpu mfu num_examples flops peak_memory_bytes signal_to_noise kept"
     assert first == keys.split() and second == [*first, "test_loss"]
+
+
+def test_a_source_learned_by_heart_is_named():
+    """Its loss falls, it has been seen more than once, and the validation loss rises or stays: nothing else is."""
+    rng, steps = np.random.default_rng(0), 80
+    noise = rng.normal(0, 0.01, (steps, 6))
+    fall, flat = np.linspace(2, 1, steps), np.ones(steps)
+
+    def found(validation, **losses):
+        rows = [dict(zip(losses, row, strict=True)) for row in zip(*losses.values(), strict=True)]
+        epochs = {name: 0.9 if name == "once" else 3.0 for name in losses}
+        return [name for name, true in overfitting_summary(rows, list(validation), epochs).items() if true]
+
+    seldom = [value if index % 8 == 0 else None for index, value in enumerate(fall.tolist())]
+    few = [value if index == 79 else None for index, value in enumerate(fall.tolist())]
+    losses = {"learned": fall, "flat": flat, "once": fall}
+    losses = {name: values + noise[:, column] for column, (name, values) in enumerate(losses.items())}
+    assert found(flat + noise[:, 4], **losses) == ["learned"]
+    assert found(3 - fall + noise[:, 4], **losses) == ["learned"]
+    assert found(fall + noise[:, 4], **losses) == []
+    assert found([None] * steps, **losses) == []
+    assert found(flat + noise[:, 4], seldom=seldom, few=few) == []
+    assert found((flat + noise[:, 4])[:8], **{name: values[:8] for name, values in losses.items()}) == []
+
+
+def test_what_a_user_should_know_of_the_records_is_said_at_the_end_and_a_source_held_back_when_it_is(config):
+    config.data.max_epochs = 1.5
+    stream = io.StringIO()
+    writer = RunConsole(config, NUM_EXAMPLES, Console(file=stream, width=200, highlight=False, soft_wrap=True))
+    writer.open()
+    for step, kept in ((1, 1.0), (2, 0.5), (3, 0.4)):
+        record = a_record(step, kept={"clean": kept, "noisy": 1.0})
+        writer.record(record, {})
+    summary = weights_summary([record.weights]) | {"epochs": {"clean": 4.25, "noisy": 0.5}}
+    summary |= {"num_duplicates": NUM_DUPLICATES, "overfitting": {"clean": True, "noisy": False}}
+    writer.close(summary)
+    text = stream.getvalue()
+    assert text.count("holds clean back; the others take that share") == 1
+    assert "step 2: data.max_epochs=1.5 holds clean back" in text
+    assert "noisy: 3 of its examples are exact duplicates of others in it" in text and "clean: 0" not in text
+    assert "clean is overfitting: its records have been seen 4.2 times" in text and "noisy is" not in text
 
 
 class Listening:
@@ -281,7 +326,7 @@ class Listening:
 
 
 def test_every_writer_hears_each_record_and_the_end(config):
-    metrics = MetricsWriter(config, NUM_EXAMPLES, start_step=0, is_main_rank=True)
+    metrics = MetricsWriter(config, NUM_EXAMPLES, NUM_DUPLICATES, start_step=0, is_main_rank=True)
     metrics.writers = [Listening(), Listening()]
     with metrics:
         metrics.record(a_record(1))
@@ -294,13 +339,13 @@ def test_writers_are_closed_without_a_summary_when_the_run_or_another_writer_fai
         def open(self) -> None:
             raise OSError("no such service")
 
-    metrics = MetricsWriter(config, NUM_EXAMPLES, start_step=0, is_main_rank=True)
+    metrics = MetricsWriter(config, NUM_EXAMPLES, NUM_DUPLICATES, start_step=0, is_main_rank=True)
     metrics.writers = [Listening()]
     with pytest.raises(RuntimeError, match="planted"), metrics:
         metrics.record(a_record(1))
         raise RuntimeError("planted")
     assert metrics.writers[0].heard == ["open", (1, True), None]
-    metrics = MetricsWriter(config, NUM_EXAMPLES, start_step=1, is_main_rank=True)
+    metrics = MetricsWriter(config, NUM_EXAMPLES, NUM_DUPLICATES, start_step=1, is_main_rank=True)
     metrics.writers, config.run.resume = [Listening(), Failing()], "auto"
     (Path(config.run.output_dir) / "metrics.jsonl").write_text(json.dumps(a_record(1).to_dict()) + "\n")
     with pytest.raises(OSError, match="no such service"), metrics:

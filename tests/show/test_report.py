@@ -24,7 +24,9 @@ NO_LOSSES = {"train_loss_lower": {}, "train_loss_upper": {}, "val_loss": None, "
 
 def a_run(folder: Path, steps: int, **record) -> Path:
     config = resolved(f"run.output_dir={folder}", "optimizer.lr=0.125", f"bilevel.steps={steps}")
-    with MetricsWriter(config, dict.fromkeys(NAMES, 1234), start_step=0, is_main_rank=True) as metrics:
+    with MetricsWriter(
+        config, dict.fromkeys(NAMES, 1234), dict.fromkeys(NAMES, 0), start_step=0, is_main_rank=True
+    ) as metrics:
         for step in range(1, steps + 1):
             weights = dict(zip(NAMES, (0.2 + 0.01 * step, 0.3, 0.5 - 0.01 * step), strict=True))
             metrics.record(a_record(step, weights=weights, logits=weights, **(NO_LOSSES | record)))

@@ -1,0 +1,89 @@
+"""What the steps so far say about each source, beside its weight: see the functions."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+# A weight has settled if its trend over the last quarter of the steps is below TREND of itself (of LEAST of an equal
+# share, where it is lower), or within NOISE times its scatter about that trend. Fewer than FEWEST steps say nothing.
+TREND, LEAST, NOISE, FEWEST = 0.1, 0.1, 2.0, 5
+
+
+def weights_summary(history: list[dict[str, float]]) -> dict[str, Any]:
+    """{"weights", "weights_mean", "settled", "still_moving"} of the weights after each step so far.
+
+    The last quarter is the last ceil(step / 4) steps. The trend is what the line of least squares rises or falls over
+    it; a weight whose trend is smaller than the noise about it would not be elsewhere after more such steps.
+    """
+    quarter, names = math.ceil(len(history) / 4), list(history[-1])
+    table = np.array([list(weights.values()) for weights in history[-quarter:]])  # [steps, sources]
+    mean, times = table.mean(axis=0), np.arange(quarter) - (quarter - 1) / 2
+    slope = times @ (table - mean) / max(times @ times, 1.0)
+    scatter = (table - mean - np.outer(times, slope)).std(axis=0)
+    trend = np.abs(slope) * quarter
+    small = trend < TREND * np.maximum(mean, LEAST / len(names))
+    settled = (small | (trend < NOISE * scatter)) & (quarter >= FEWEST)
+    return {
+        "weights": history[-1],
+        "weights_mean": dict(zip(names, mean.tolist(), strict=True)),
+        "settled": dict(zip(names, settled.tolist(), strict=True)),
+        "still_moving": not settled.all(),
+    }
+
+
+def epochs_summary(drawn: list[dict[str, int]], num_examples: dict[str, int], num_steps: int) -> dict[str, Any]:
+    """{"epochs", "epochs_planned"}: how often a source's records have been seen, and will have been after all steps at
+    the pace of the last quarter of those so far.
+
+    Args:
+        drawn: training examples of each source in each step so far; empty where a step's are not known.
+    """
+    quarter, left = drawn[-math.ceil(len(drawn) / 4) :], num_steps - len(drawn)
+    done = {name: sum(step.get(name, 0) for step in drawn) for name in num_examples}
+    pace = {name: sum(step.get(name, 0) for step in quarter) / len(quarter) for name in num_examples}
+    return {
+        "epochs": {name: done[name] / size for name, size in num_examples.items()},
+        "epochs_planned": {name: (done[name] + left * pace[name]) / size for name, size in num_examples.items()},
+    }
+
+
+def overfitting_summary(
+    train_losses: Sequence[dict[str, float | None]], validation_losses: Sequence[float | None], epochs: dict[str, float]
+) -> dict[str, bool]:
+    """{source: whether it is being learned by heart}: its records have been seen more than once, its training loss
+    falls over the last quarter of the steps so far, and the validation loss does not.
+
+    A loss falls if the slope of its line of least squares lies NOISE standard errors below 0.
+
+    Args:
+        train_losses: of each step, by source; None where a batch had no example of it.
+        validation_losses: of each step; None where there is none.
+        epochs: passes over each source's records so far.
+    """
+    quarter = math.ceil(len(train_losses) / 4)
+    rows = [
+        [*(losses.get(name) for name in epochs), validation]
+        for losses, validation in zip(train_losses, validation_losses, strict=True)
+    ]
+    table = np.array(rows[-quarter:], dtype=float)  # None becomes NaN
+    falls = _falls(table) if quarter >= FEWEST else np.zeros(table.shape[1], dtype=bool)
+    gains = falls[-1] or np.isnan(table[:, -1]).any()  # without a validation loss nobody can tell
+    return {name: bool(fall and not gains and epochs[name] > 1) for name, fall in zip(epochs, falls[:-1], strict=True)}
+
+
+def _falls(table: np.ndarray) -> np.ndarray:
+    """Which columns of [steps, columns] fall; those with fewer than FEWEST numbers do not."""
+    seen = ~np.isnan(table)
+    count = seen.sum(axis=0)
+    times = np.broadcast_to(np.arange(len(table), dtype=float)[:, None], table.shape)
+
+    def centred(values: np.ndarray) -> np.ndarray:
+        return np.where(seen, values - np.where(seen, values, 0.0).sum(axis=0) / np.maximum(count, 1), 0.0)
+
+    across, up = centred(times), centred(table)
+    spread = np.maximum((across**2).sum(axis=0), 1e-300)
+    slope = (across * up).sum(axis=0) / spread
+    variance = ((up - slope * across) ** 2).sum(axis=0) / np.maximum(count - 2, 1)
+    return (count >= FEWEST) & (slope < -NOISE * np.sqrt(variance / spread))
