@@ -10,8 +10,7 @@ the tensor cores take. Tokens without loss are not among the N, so they cost not
 Shapes: N tokens that carry loss, H hidden, V vocabulary, V_local this tensor-parallel rank's padded shard.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -147,12 +146,6 @@ def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
             out.addmm_(a.to(out.dtype), b.to(out.dtype))
 
 
-@contextmanager
-def _operands_as_bf16() -> Iterator[None]:
+def _operands_as_bf16() -> AbstractContextManager[None]:
     """oneDNN multiplies fp32 matrices as bf16 and accumulates in fp32: for what was bf16 before, nothing is rounded."""
-    matmul = torch.backends.mkldnn.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+    return torch.backends.mkldnn.flags(enabled=True, fp32_precision="bf16")

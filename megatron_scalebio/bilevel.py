@@ -23,7 +23,7 @@ from torch import Tensor
 from megatron_scalebio.active_layers import Role
 from megatron_scalebio.config import Config
 from megatron_scalebio.data.batch import MicroBatch, StepBatch
-from megatron_scalebio.losses import TokenCoefs, evaluation_coefs, train_coefs
+from megatron_scalebio.losses import TokenCoefs, token_coefs
 from megatron_scalebio.source_weights import SourceWeights, scheduled_lr
 
 
@@ -35,7 +35,7 @@ class Pass:
     split: str  # "train" | "validation" | "test", for messages
     micro_batches: list[MicroBatch]
     coefs: list[TokenCoefs]  # of each micro-batch
-    num_sources: int  # K for train; 1 for validation and test
+    num_sources: int  # K for train; of validation and test, their sets
 
 
 class NonFinite(Exception):
@@ -45,15 +45,18 @@ class NonFinite(Exception):
         super().__init__(f"a loss or a gradient is not finite on rank {rank}")
         self.rank, self.passes, self.losses, self.norms = rank, passes, losses, norms or {}
 
-    def describe(self, source_names: list[str]) -> str:
-        """What is not finite, for the user."""
+    def describe(self, names: dict[str, list[str]]) -> str:
+        """What is not finite, for the user.
+
+        Args:
+            names: of a split's sources, or sets; of a split that has none, its own.
+        """
         norms = {role: norm for role, norm in self.norms.items() if not math.isfinite(norm)}
         found = [f"gradient norm {norm} of the {role} model" for role, norm in norms.items()]
         for part, losses in zip(self.passes, self.losses, strict=True):
-            names = source_names if part.split == "train" else [part.split]
             found += [
                 f"loss {loss} of {name} in the {part.role} model"
-                for name, loss in zip(names, losses.tolist(), strict=True)
+                for name, loss in zip(names.get(part.split, [part.split]), losses.tolist(), strict=True)
                 if not math.isfinite(loss)
             ]
         return f"not finite on rank {self.rank}: {'; '.join(found)}"
@@ -78,7 +81,8 @@ class StepResult:
     """Losses and gradients at the parameters before the update."""
 
     train_loss: dict[Role, Tensor]  # [K]
-    validation_loss: float | None
+    validation_loss: float | None  # of several sets by their weights
+    validation_losses: Tensor | None  # [sets]
     penalty_gap: float | None  # p . g
     hypergradient: Tensor | None  # [K]
     signal_to_noise: Tensor | None  # [K], of the hypergradient's running mean
@@ -109,12 +113,10 @@ class Bilevel:
         train = [self._train_coefs(part, batch, alpha * _kept(p, batch.kept) * scale) for part in batch.train]
         lower_train = Pass(Role.LOWER, "train", batch.train, train, len(p))
         upper_train = Pass(Role.UPPER, "train", batch.train, train, len(p))
+        validation_counts = batch.num_validation_examples, batch.num_validation_loss_tokens
+        set_weights = torch.tensor(batch.validation_weights, dtype=torch.float64)
         upper_validation = evaluation_pass(
-            "validation",
-            batch.validation,
-            batch.num_validation_examples,
-            batch.num_validation_loss_tokens,
-            settings.validation_loss_unit,
+            *("validation", batch.validation, validation_counts, set_weights, settings.validation_loss_unit)
         )
         passes = [upper_train] if fixed else [lower_train, upper_train, upper_validation]
         losses = models.forward_backward(passes, self._fingerprint(step, active_layers))
@@ -129,9 +131,10 @@ class Bilevel:
         max_norm = None if optimizer.clip_grad is None else optimizer.clip_grad * alpha
         if fixed:
             norm = models.step(Role.UPPER, lr, max_norm)
-            return StepResult({Role.UPPER: losses[0]}, None, None, None, None, {Role.UPPER: norm}, lr, None, alpha)
+            nothing = None, None, None, None, None
+            return StepResult({Role.UPPER: losses[0]}, *nothing, {Role.UPPER: norm}, lr, None, alpha)
 
-        loss_lower, loss_upper, validation_loss = losses
+        loss_lower, loss_upper, validation_losses = losses
         rates = {Role.LOWER: lr_lower, Role.UPPER: lr}
         norms = {role: models.step(role, rates[role], max_norm) for role in rates}
         gap = scale * (loss_upper - loss_lower)
@@ -145,7 +148,8 @@ class Bilevel:
         hypergradient = self.source_weights.update(alpha, gap, logits_lr)
         return StepResult(
             train_loss={Role.LOWER: loss_lower, Role.UPPER: loss_upper},
-            validation_loss=validation_loss.item(),
+            validation_loss=float(set_weights @ validation_losses),
+            validation_losses=validation_losses,
             penalty_gap=float(p @ gap),
             hypergradient=hypergradient,
             signal_to_noise=self.source_weights.signal_to_noise,
@@ -158,7 +162,7 @@ class Bilevel:
     def _train_coefs(self, part: MicroBatch, batch: StepBatch, weights: Tensor) -> TokenCoefs:
         unit = self.config.bilevel.train_loss_unit
         counts = batch.num_examples, batch.num_loss_tokens
-        return train_coefs(part.source_ids, part.example_loss_tokens, *counts, weights, unit)
+        return token_coefs(part.source_ids, part.example_loss_tokens, *counts, weights, unit)
 
     def _fingerprint(self, step: int, active_layers: dict[Role, list[int]]) -> int:
         """20 bits of what every rank must agree on before a step: its number, the logits, the active layers."""
@@ -177,11 +181,16 @@ def _kept(weights: Tensor, kept: list[float]) -> Tensor:
 def evaluation_pass(
     split: str,
     micro_batches: list[MicroBatch],
-    num_examples: int,
-    num_loss_tokens: int,
+    counts: tuple[list[int], list[int]],
+    weights: Tensor,
     unit: str,
     role: Role = Role.UPPER,
 ) -> Pass:
-    """A model over validation or test examples; the counts are those of all ranks together."""
-    coefs = [evaluation_coefs(part.example_loss_tokens, num_examples, num_loss_tokens, unit) for part in micro_batches]
-    return Pass(role, split, micro_batches, coefs, 1)
+    """A model over validation or test examples.
+
+    Args:
+        counts: of each set, its examples and their tokens that carry loss, of all ranks together.
+        weights: of the sets.
+    """
+    coefs = [token_coefs(part.source_ids, part.example_loss_tokens, *counts, weights, unit) for part in micro_batches]
+    return Pass(role, split, micro_batches, coefs, len(weights))

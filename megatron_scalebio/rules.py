@@ -10,7 +10,8 @@ from typing import Any
 
 from megatron_scalebio.anatomy import FAMILIES, head_size
 from megatron_scalebio.anatomy.fields import ROPE_SCALING
-from megatron_scalebio.config import SETTINGS, Config, Setting, ShapeConfig, UserError, flatten
+from megatron_scalebio.config import SETTINGS, Config, Setting, ShapeConfig, UserError, evaluation_sets, flatten
+from megatron_scalebio.config.evaluation_sets import problems_of_sets
 from megatron_scalebio.source_weights import LOGITS_OPTIMIZERS
 
 # What is declared elsewhere, so that a new family or logits optimizer touches no setting.
@@ -45,7 +46,7 @@ def check_config(config: Config, world_size: int, vocab_size: int | None) -> Non
         model = [*_shape(config, vocab_size), *_family(config), *_always_active(config)]
         problems = [
             *(*model, *_last_alpha(config), *_precision(config), *_layout(config, world_size)),
-            *(*_sources(config), *_profile(config), *_needs_learning(config), *_installed(config)),
+            *(*_sources(config), *_sets(config), *_profile(config), *_needs_learning(config), *_installed(config)),
         ]
     if problems:
         raise UserError("\n".join(problems))
@@ -272,6 +273,18 @@ def _sources(config: Config) -> list[str]:
         fixed = bilevel.mode == "fixed"  # a logit of minus infinity would never move again
         found = _mapping("bilevel.weights", bilevel.weights, names, zero_allowed=fixed)
         problems += found or _above_floor(bilevel.weights, 0.0 if fixed else bilevel.floor)
+    return problems
+
+
+def _sets(config: Config) -> list[str]:
+    data, bilevel = config.data, config.bilevel
+    problems = problems_of_sets("data.validation", data.validation) + problems_of_sets("data.test", data.test)
+    batch = bilevel.validation_batch_size or bilevel.global_batch_size
+    if not problems and bilevel.mode == "bilevel" and len(sets := evaluation_sets("", data.validation)) > batch:
+        problems.append(
+            f"data.validation: each of its {len(sets)} sets has an example in every step; raise"
+            f" bilevel.validation_batch_size={batch}"
+        )
     return problems
 
 

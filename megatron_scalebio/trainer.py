@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from megatron_scalebio.active_layers import Role, draw_active_layers, period_of
 from megatron_scalebio.bilevel import Bilevel, NonFinite, StepResult, evaluation_pass
 from megatron_scalebio.checkpoint import load_models, newest_checkpoint, read_state, save_checkpoint
 from megatron_scalebio.config import Config, UserError
+from megatron_scalebio.config.evaluation_sets import evaluation_sets, names_of_sets
 from megatron_scalebio.data import Sampler, StepBatch
 from megatron_scalebio.device import choose_device, device_name, peak_memory, read_back, reset_peak_memory
 from megatron_scalebio.mcore.attention import choose_attention
@@ -112,13 +114,16 @@ class Trainer:
 
     def _step_and_record(self, metrics: MetricsWriter, stop: "_StopSignal") -> tuple[bool, int]:
         """Returns whether this step was the last, and the signal that any rank has received, 0 for none."""
+        config = self.config
         reset_peak_memory(self.device)
         with span(Span.STEP):
             record = self.record(*self.take_step())
-        done = self.step == self.config.bilevel.steps or self._settled(metrics, record.weights)
+        done = self.step == config.bilevel.steps or self._settled(metrics, record.weights)
         try:
-            if self.dataset.test and (done or _due(self.step, self.config.run.eval_every)):
-                record = replace(record, test_loss=self.evaluate())
+            if self.dataset.test and (done or _due(self.step, config.run.eval_every)):
+                losses = self.evaluate_sets()
+                by_set = _by_set(config.data.test, losses)
+                record = replace(record, test_loss=float(self._test_weights @ losses), test_losses=by_set or None)
                 if Role.LOWER in self._exported():
                     record = replace(record, test_loss_lower=self.evaluate(Role.LOWER))
             stopped_by, peak = stop.agreed(self.device, record.peak_memory_bytes)
@@ -147,12 +152,20 @@ class Trainer:
         return batch, result
 
     def evaluate(self, role: Role = Role.UPPER) -> float:
-        """Mean loss of a model over the test set's loss tokens."""
+        """Mean loss of a model over the test set's loss tokens; of several sets by their weights."""
+        return float(self._test_weights @ self.evaluate_sets(role))
+
+    def evaluate_sets(self, role: Role = Role.UPPER) -> Tensor:
+        """Mean loss of a model over each test set's loss tokens, [sets] fp64."""
         with span(Span.EVALUATION):
-            micro_batches, num_loss_tokens = self.sampler.test_batch()
-            return self.models.evaluate(
-                evaluation_pass("test", micro_batches, len(self.dataset.test), num_loss_tokens, "token", role)
-            )
+            micro_batches, counts = self.sampler.test_batch()
+            part = evaluation_pass("test", micro_batches, counts, self._test_weights, "token", role)
+            return self.models.evaluate(part)
+
+    @property
+    def _test_weights(self) -> Tensor:
+        sets = evaluation_sets("data.test", self.config.data.test)
+        return torch.tensor([each.weight for each in sets], dtype=torch.float64)
 
     def _exported(self) -> list[Role]:
         which = self.config.run.export_model
@@ -220,12 +233,13 @@ class Trainer:
             logits_lr=result.logits_lr,
             active_layers={role.value: self.active_layers[role] for role in roles},
             num_tokens=batch.num_tokens,
-            num_loss_tokens=sum(batch.num_loss_tokens) + batch.num_validation_loss_tokens,
+            num_loss_tokens=sum(batch.num_loss_tokens) + sum(batch.num_validation_loss_tokens),
             step_seconds=seconds,
             tokens_per_second=batch.num_tokens / seconds,
             tflops_per_gpu=flops.executed / rank_seconds / 1e12,
             mfu=None if peak is None else flops.model / rank_seconds / peak,
             num_examples=dict(zip(names, batch.num_examples, strict=True)),
+            val_losses=_by_set(config.data.validation, result.validation_losses),
             kept={} if config.data.max_epochs is None else dict(zip(names, batch.kept, strict=True)),
             flops=flops.executed,
             peak_memory_bytes=peak_memory(self.device),
@@ -250,7 +264,12 @@ class Trainer:
 
     def _tell_non_finite(self, error: NonFinite) -> None:
         if self.groups.rank == 0:
-            what = error.describe(self.dataset.source_names)
+            data = self.config.data
+            names = {"train": self.dataset.source_names}
+            names |= {
+                split: names_of_sets(value) for split, value in (("validation", data.validation), ("test", data.test))
+            }
+            what = error.describe(names)
             print(f"error: step {self.step + 1}, before any update: {what}", file=sys.stderr, flush=True)
 
 
@@ -274,6 +293,12 @@ def make_source_weights(config: Config, source_names: list[str]) -> SourceWeight
         prior=in_order(bilevel.prior),
         start=in_order(bilevel.weights),
     )
+
+
+def _by_set(value: Any, losses: Tensor | None) -> dict[str, float]:
+    """{name: loss} of the sets of `data.validation` or `data.test`, where there are several."""
+    several = losses is not None and isinstance(value, list)
+    return dict(zip(names_of_sets(value), losses.tolist(), strict=True)) if several else {}
 
 
 def _due(step: int, every: int) -> bool:

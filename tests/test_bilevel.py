@@ -8,6 +8,7 @@ Shapes: K sources, D dimensions of x.
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ class Quadratics:
 
     def step(self, role: Role, lr: float, max_norm: float | None) -> Tensor:
         def objective(x: Tensor) -> Tensor:
-            return sum(part.coefs[0].loss_coef @ losses(x) for part, losses in self.minimised[role])
+            return sum((part.coefs[0].loss_coef * losses(x)).sum() for part, losses in self.minimised[role])
 
         gradient = torch.func.grad(objective)(self.x[role])
         self.x[role] = self.x[role] - torch.linalg.solve(torch.func.hessian(objective)(self.x[role]), gradient)
@@ -68,6 +69,7 @@ class Quadratics:
 
     def _sums(self, part: Pass) -> Tensor:
         losses = losses_of(part.split)(self.x[part.role])
+        losses = losses.expand(len(part.coefs[0].mean_coef))
         return sums_by_id(losses, part.coefs[0].mean_coef, part.micro_batches[0].source_ids, part.num_sources)
 
 
@@ -85,7 +87,7 @@ def batch(kept: list[float] | None = None) -> StepBatch:
     ones, rows = [1] * NUM_SOURCES, (Rows([1] * NUM_SOURCES, []), Rows([1], []))
     scale, kept = [1.0] * NUM_SOURCES, kept or [1.0] * NUM_SOURCES
     train, validation = [micro_batch([0, 1, 2])], [micro_batch([0])]
-    return StepBatch(train, validation, ones, ones, scale, kept, 1, 1, NUM_SOURCES + 1, *rows)
+    return StepBatch(train, validation, ones, ones, scale, kept, [1.0], [1], [1], NUM_SOURCES + 1, *rows)
 
 
 def config(*overrides: str) -> Config:
@@ -180,6 +182,25 @@ def test_what_a_limit_takes_from_a_source_goes_to_the_others_and_not_into_what_i
     torch.testing.assert_close(found, expected)
 
 
+def test_the_validation_loss_of_several_sets_is_the_upper_models_by_their_weights():
+    """Sets of one loss token each, which all are the quadratic: any weights give what one set gives."""
+    several = replace(
+        batch(),
+        validation=[micro_batch([0, 1])],
+        validation_weights=[0.75, 0.25],
+        num_validation_examples=[1, 1],
+        num_validation_loss_tokens=[1, 1],
+    )
+    one, two = (Bilevel(config(), SourceWeights(NUM_SOURCES)) for _ in range(2))
+    models, like = Quadratics(), Quadratics()
+    for step in (1, 2):
+        alone, found = one.step(like, step, batch(), NO_LAYERS), two.step(models, step, several, NO_LAYERS)
+        assert found.validation_losses.tolist() == [alone.validation_loss] * 2
+        assert found.validation_loss == pytest.approx(alone.validation_loss, rel=1e-14)
+        for role in Role:
+            torch.testing.assert_close(models.x[role], like.x[role])
+
+
 def test_mode_fixed_trains_upper_alone_on_the_given_weights():
     models, weights = Quadratics(), SourceWeights(NUM_SOURCES, start=[0.2, 0.8, 0.0])
     logits = weights.logits.clone()
@@ -202,7 +223,7 @@ def test_a_non_finite_loss_leaves_models_and_logits_as_they_were_and_is_describe
     with pytest.raises(NonFinite) as error:
         Bilevel(config(), weights).step(models, 4, batch(), NO_LAYERS)
     assert models.moves == [] and weights.step == 0 and weights.logits.tolist() == [0.0] * NUM_SOURCES
-    assert error.value.describe(["clean", "mixed", "wrong"]) == (
+    assert error.value.describe({"train": ["clean", "mixed", "wrong"]}) == (
         "not finite on rank 5: loss nan of wrong in the upper model; loss inf of validation in the upper model"
     )
 

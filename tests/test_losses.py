@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_scalebio.kernels.loss_sums import sums_by_id
-from megatron_scalebio.losses import evaluation_coefs, train_coefs
+from megatron_scalebio.losses import token_coefs
 
 # Examples of the global batch: (source, the losses of its loss tokens). Source 3 is absent.
 EXAMPLES = [(0, [3.0, 1.5, 2.25]), (0, [0.5]), (1, [4.0, 0.125]), (2, [1.0] * 7), (0, [2.0, 5.0])]
@@ -39,7 +39,7 @@ def test_coefficients_give_each_source_its_mean_loss_and_the_model_the_weighted_
     means, weighted = torch.zeros(NUM_SOURCES, dtype=torch.float64), 0.0
     for part in range(num_parts):
         sources, counts, losses = tokens(EXAMPLES[part::num_parts])
-        coefs = train_coefs(sources, counts, NUM_EXAMPLES, NUM_LOSS_TOKENS, WEIGHTS, unit)
+        coefs = token_coefs(sources, counts, NUM_EXAMPLES, NUM_LOSS_TOKENS, WEIGHTS, unit)
         assert coefs.mean_coef.dtype == coefs.loss_coef.dtype == torch.float64
         means += sums_by_id(losses, coefs.mean_coef, sources, NUM_SOURCES)
         weighted += (coefs.loss_coef * losses).sum().item()
@@ -52,8 +52,9 @@ def test_coefficients_give_each_source_its_mean_loss_and_the_model_the_weighted_
 
 @pytest.mark.parametrize("unit", ["example", "token"])
 def test_evaluation_coefficients_give_the_mean_over_tokens_or_over_examples(unit):
-    _, counts, losses = tokens(EXAMPLES)
-    coefs = evaluation_coefs(counts, len(EXAMPLES), len(losses), unit)
+    sources, counts, losses = tokens(EXAMPLES)
+    one = torch.ones(1, dtype=torch.float64)
+    coefs = token_coefs(torch.zeros_like(sources), counts, [len(EXAMPLES)], [len(losses)], one, unit)
     assert torch.equal(coefs.mean_coef, coefs.loss_coef)
     by_example = sum(sum(map(Fraction, own)) / len(own) for _, own in EXAMPLES) / len(EXAMPLES)
     expected = float(by_example) if unit == "example" else losses.mean().item()
@@ -63,6 +64,5 @@ def test_evaluation_coefficients_give_the_mean_over_tokens_or_over_examples(unit
 def test_a_micro_batch_without_loss_tokens_adds_nothing():
     none = torch.zeros(0, dtype=torch.int64)
     for unit in ("example", "token"):
-        coefs = train_coefs(none, none, NUM_EXAMPLES, NUM_LOSS_TOKENS, WEIGHTS, unit)
+        coefs = token_coefs(none, none, NUM_EXAMPLES, NUM_LOSS_TOKENS, WEIGHTS, unit)
         assert torch.equal(sums_by_id(none.float(), coefs.mean_coef, none, NUM_SOURCES), torch.zeros(4).double())
-        assert len(evaluation_coefs(none, 5, 15, unit).mean_coef) == 0

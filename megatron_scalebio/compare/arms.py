@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_scalebio.config import Config, SourceConfig, UserError
+from megatron_scalebio.config import Config, EvaluationSet, SourceConfig, UserError, evaluation_sets
 
 NONE, CHOOSES, TRAINS = "none", "chooses weights by it", "trains on it"  # what an arm does with validation records
 
@@ -135,21 +135,28 @@ def learned(runs: Runs) -> Result:
 @_arm(TRAINS)
 def validation(runs: Runs) -> Result:
     """the validation records as the only source"""
-    return runs.train("train", _fixed(None) | {"data.sources": [_validation_source(runs, "validation")]}, 1.0)
+    sets = _validation_sets(runs)
+    weights = {each.name: each.weight for each in sets}
+    return runs.train("train", _fixed(weights) | {"data.sources": _sources(sets), "data.max_epochs": None}, 1.0)
 
 
 @_arm(TRAINS)
 def validation_added(runs: Runs) -> Result:
     """the validation records as one more source, every source counting the same"""
-    sources, name = runs.config.data.sources, "validation"
-    while name in {source.name for source in sources}:
-        name += "_"
-    return runs.train("train", _fixed(None) | {"data.sources": [*sources, _validation_source(runs, name)]}, 1.0)
+    sources = list(runs.config.data.sources)
+    for source in _sources(_validation_sets(runs)):
+        while source.name in {other.name for other in sources}:
+            source.name += "_"
+        sources.append(source)
+    return runs.train("train", _fixed(None) | {"data.sources": sources}, 1.0)
 
 
-def _validation_source(runs: Runs, name: str) -> SourceConfig:
-    assert runs.config.data.validation is not None  # `rules.check_config`, of the bilevel run
-    return SourceConfig(name, runs.config.data.validation)
+def _validation_sets(runs: Runs) -> list[EvaluationSet]:
+    return evaluation_sets("data.validation", runs.config.data.validation)
+
+
+def _sources(sets: list[EvaluationSet]) -> list[SourceConfig]:
+    return [SourceConfig(each.name, each.path) for each in sets]
 
 
 @_arm(CHOOSES)

@@ -14,6 +14,7 @@ from megatron_scalebio.active_layers import draw_active_layers
 from megatron_scalebio.compare.arms import Result
 from megatron_scalebio.config import Config, UserError, changed, write_config
 from megatron_scalebio.data import Sampler
+from megatron_scalebio.data.shares import draw_limits
 from megatron_scalebio.launch import EXIT_USER_ERROR, EXITS_ON_SIGNAL
 from megatron_scalebio.plan.utilization import batch_flops
 from megatron_scalebio.run import Run, open_run
@@ -70,6 +71,7 @@ class ArmRuns:
                 f" '{name}', which takes {flops_of_step(run, terms.num_ranks):.3g}: raise --budget or --steps"
             )
         config = changed(config, {"bilevel.steps": steps})
+        draw_limits(config, list(run.dataset.num_examples.values()))
         if self.dry:
             even = {source: 1 / len(run.dataset.source_names) for source in run.dataset.source_names}
             return Result(0.0, even, steps, 0.0, 0, 0.0, 0.0)

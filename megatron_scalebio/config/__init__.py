@@ -2,6 +2,7 @@
 
 from megatron_scalebio.config.declare import Setting
 from megatron_scalebio.config.errors import UserError
+from megatron_scalebio.config.evaluation_sets import EvaluationSet, evaluation_sets
 from megatron_scalebio.config.likeness import nearest
 from megatron_scalebio.config.loading import (
     changed,
@@ -35,6 +36,7 @@ __all__ = [
     "BilevelConfig",
     "Config",
     "DataConfig",
+    "EvaluationSet",
     "LisaConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -48,6 +50,7 @@ __all__ = [
     "changed",
     "completed",
     "config_sha256",
+    "evaluation_sets",
     "flatten",
     "given_settings",
     "load_config",

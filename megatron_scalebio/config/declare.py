@@ -44,6 +44,7 @@ class Setting:
     choices: tuple[Any, ...]  # of a list: of each of its items; empty: what the range and the type allow
     path: bool  # names a file or folder
     words: tuple[str, ...]  # values of a path that name no file
+    several: str  # what may stand in place of one path, in words; "" if nothing may
 
     def problem(self, value: Any) -> str | None:
         """The rule that `value` breaks by itself, with the key and the value, or None."""
@@ -61,6 +62,8 @@ class Setting:
     @property
     def expected(self) -> str:
         """The type in words."""
+        if self.several:
+            return f"a text, {self.several}, or null"
         return " or ".join(_type_words(kind) for kind in _alternatives(self.kind))
 
 
@@ -72,9 +75,10 @@ def setting(
     choices: tuple[Any, ...] = (),
     path: bool = False,
     words: tuple[str, ...] = (),
+    several: str = "",
 ) -> Any:
     """A dataclass field that declares a setting. `doc` says what it means, and what null means where it is allowed."""
-    metadata = {"doc": doc, "range": range, "choices": choices, "path": path, "words": words}
+    metadata = {"doc": doc, "range": range, "choices": choices, "path": path, "words": words, "several": several}
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

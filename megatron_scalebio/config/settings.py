@@ -92,6 +92,9 @@ class ModelConfig:
     )
 
 
+SETS = "a list of {name, path, weight}"
+
+
 @dataclass
 class SourceConfig:
     name: str = setting("???", "a name of your own")
@@ -115,10 +118,14 @@ class DataConfig:
         words=("auto", "plain", "alpaca"),
     )
     sources: list[SourceConfig] = setting([], "what is weighed: a name of your own and a JSON or JSON Lines file each")
-    validation: str | None = setting(
-        None, "drives the weights: what the model should become good at; needed unless bilevel.mode=fixed", path=True
+    validation: Any = setting(
+        None,
+        "drives the weights: what the model should become good at; needed unless bilevel.mode=fixed. Of several sets"
+        " each counts by its weight, 1 where none is given",
+        path=True,
+        several=SETS,
     )
-    test: str | None = setting(None, "only ever reported; null: none", path=True)
+    test: Any = setting(None, "only ever reported; null: none", path=True, several=SETS)
     max_length: int = setting(1024, "tokens of one example, and positions of one row", at_least(2))
     over_length: str = setting(
         "truncate",

@@ -21,7 +21,7 @@ class MicroBatch:
     row_length: int  # S
     loss_positions: Tensor  # [N] ascending, into T
     targets: Tensor  # [N] the token after each loss position
-    source_ids: Tensor  # [N] source of the example; 0 for validation and test
+    source_ids: Tensor  # [N] source of the example; of validation and test, its set
     example_loss_tokens: Tensor  # [N] t_e: tokens that carry loss in the position's whole example
 
 
@@ -47,8 +47,9 @@ class StepBatch:
     num_loss_tokens: list[int]  # [K] training tokens that carry loss, per source, in the global batch
     scale: list[float]  # [K] what a source's mean loss counts for: 1, unless sources take turns (see shares.py)
     kept: list[float]  # [K] share of its weight that data.max_epochs leaves a source; the others take what it loses
-    num_validation_examples: int  # global
-    num_validation_loss_tokens: int  # global
+    validation_weights: list[float]  # of each validation set; they add up to one
+    num_validation_examples: list[int]  # of each validation set, global
+    num_validation_loss_tokens: list[int]  # of each validation set, global
     num_tokens: int  # global, train and validation each counted once, padding excluded
     train_rows: Rows  # global
     validation_rows: Rows  # global

@@ -5,10 +5,11 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
-from megatron_scalebio.config import Config, DataConfig, UserError
+from megatron_scalebio.config import Config, DataConfig, UserError, evaluation_sets
 from megatron_scalebio.data.records import path_problem, raise_problems, read_records
 from megatron_scalebio.data.templates import Segment, Template, choose_template, record_segments
 from megatron_scalebio.data.tokenizers import Tokenizer, load_tokenizer
@@ -20,7 +21,7 @@ class Example:
 
     tokens: np.ndarray  # [n] int32
     loss_mask: np.ndarray  # [n] bool: the token is a target that carries loss; the first never is
-    source_id: int  # 0 for validation and test
+    source_id: int  # of validation and test, the number of its set
 
     @property
     def num_positions(self) -> int:
@@ -34,7 +35,7 @@ class Example:
 
 @dataclass
 class Dataset:
-    """Every usable example. The counts are keyed by source name, and by "data.validation" and "data.test"."""
+    """Every usable example. The counts are keyed by source name, and for the sets by what stands in messages."""
 
     tokenizer: Tokenizer
     source_names: list[str]
@@ -43,6 +44,10 @@ class Dataset:
     test: list[Example] = field(default_factory=list)
     num_dropped: dict[str, int] = field(default_factory=dict)  # over_length=drop, or every loss token cut away
     num_truncated: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def num_validation_sets(self) -> int:
+        return 1 + max((example.source_id for example in self.validation), default=0)
 
     @property
     def num_examples(self) -> dict[str, int]:
@@ -61,7 +66,9 @@ class Dataset:
     def fingerprint(self) -> str:
         """sha256 of all that decides the steps: source names, and tokens and masks of training and validation."""
         digest = hashlib.sha256()
-        for name, examples in zip([*self.source_names, ""], [*self.train, self.validation], strict=True):
+        sets = [[e for e in self.validation if e.source_id == number] for number in range(self.num_validation_sets)]
+        names = [*self.source_names, *[""] * len(sets)]
+        for name, examples in zip(names, [*self.train, *sets], strict=True):
             digest.update(f"{len(name.encode())}:{name}:{len(examples)}:".encode())
             for example in examples:
                 digest.update(len(example.tokens).to_bytes(8, "little"))
@@ -82,32 +89,35 @@ def load_dataset(config: Config, tokenizer: Tokenizer | None = None) -> Dataset:
         UserError: a file or record breaks a rule; the message names it.
     """
     data = config.data
-    files = [(f"data.sources[{i}].path ({source.name})", source.path) for i, source in enumerate(data.sources)]
     source_names = [source.name for source in data.sources]
-    if config.bilevel.mode == "bilevel":
-        assert data.validation is not None  # `rules.check_config`
-        files.append(("data.validation", data.validation))
-    if data.test is not None:
-        files.append(("data.test", data.test))
-    missing = [f"{key}: {problem}" for key, path in files if (problem := path_problem(path))]
+    validation = data.validation if config.bilevel.mode == "bilevel" else None
+    files = [(f"data.sources[{i}].path ({source.name})", source.path, i) for i, source in enumerate(data.sources)]
+    files += [*_files_of_sets("data.validation", validation), *_files_of_sets("data.test", data.test)]
+    missing = [f"{key}: {problem}" for key, path, _ in files if (problem := path_problem(path))]
     raise_problems("data names files that cannot be read", missing)
 
     tokenizer = tokenizer or load_tokenizer(data.tokenizer)
     template = choose_template(data.template, tokenizer)
     dataset = Dataset(tokenizer, source_names)
-    for index, (key, path) in enumerate(files):
-        is_source = index < len(source_names)
-        reader = _Reader(data, tokenizer, template, key, path, source_id=index if is_source else 0)
+    for key, path, number in files:
+        reader = _Reader(data, tokenizer, template, key, path, source_id=number)
         examples = reader.examples()
-        name = source_names[index] if is_source else key
+        name = source_names[number] if key.startswith("data.sources") else key
         dataset.num_dropped[name], dataset.num_truncated[name] = reader.num_dropped, reader.num_truncated
-        if is_source:
+        if key.startswith("data.sources"):
             dataset.train.append(examples)
-        elif key == "data.validation":
-            dataset.validation = examples
         else:
-            dataset.test = examples
+            (dataset.validation if key.startswith("data.validation") else dataset.test).extend(examples)
     return dataset
+
+
+def _files_of_sets(key: str, value: Any) -> list[tuple[str, str, int]]:
+    """(what to call it in messages, path, number) of each set."""
+    several = isinstance(value, list)
+    return [
+        (f"{key}[{number}].path ({each.name})" if several else key, each.path, number)
+        for number, each in enumerate(evaluation_sets(key, value))
+    ]
 
 
 class _Reader:

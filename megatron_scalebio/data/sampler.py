@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_scalebio.config import Config
+from megatron_scalebio.config import Config, evaluation_sets
 from megatron_scalebio.data.batch import MicroBatch, Rows, StepBatch
 from megatron_scalebio.data.dataset import Dataset, Example
 from megatron_scalebio.data.packing import build_micro_batch, plan_microbatches, rows_of
-from megatron_scalebio.data.shares import AdaptiveShares, Share, draw_limits
+from megatron_scalebio.data.shares import AdaptiveShares, Share, draw_limits, shares_of_sets
 
 
 class Sampler:
@@ -26,7 +26,6 @@ class Sampler:
         self._dataset = dataset
         self._data = config.data
         self._batch_size = config.bilevel.global_batch_size
-        self._validation_batch_size = config.bilevel.validation_batch_size
         self._rank, self._size = data_parallel_rank, data_parallel_size
         seed, replacement = config.run.seed, config.data.replacement
         if config.data.sampling == "natural":
@@ -38,7 +37,16 @@ class Sampler:
                 for name, examples in zip(dataset.source_names, dataset.train, strict=True)
             ]
         self._shares = _adaptive_shares(config, dataset) if config.data.sampling == "adaptive" else None
-        self._validation = _Stream(dataset.validation, f"{seed}/validation")
+        sets = evaluation_sets("data.validation", config.data.validation) if dataset.validation else []
+        several = len(sets) > 1
+        self._validation = [
+            _Stream(_of_set(dataset.validation, number), f"{seed}/validation" + (f"/{each.name}" if several else ""))
+            for number, each in enumerate(sets)
+        ]
+        self._validation_weights = [each.weight for each in sets]
+        size = config.bilevel.validation_batch_size
+        self._validation_sizes = shares_of_sets(self._validation_weights, size) if sets else []
+        self._num_test_sets = len(evaluation_sets("data.test", config.data.test))
 
     def step(self, step: int, weights: Sequence[float] = ()) -> StepBatch:
         """The batch of `step`, counted from 1. num_tokens counts input positions: n - 1 for an example of n tokens.
@@ -50,31 +58,29 @@ class Sampler:
             raise ValueError(f"steps count from 1, not {step}")
         share = self._share(step, weights)
         train = self._train_examples(share)
-        validation = []
-        if self._dataset.validation:
-            size = self._validation_batch_size
-            validation = self._validation.take((step - 1) * size, step * size)
-        source_ids = [example.source_id for example in train]
-        loss_tokens = [example.num_loss_tokens for example in train]
-        num_sources = len(self._dataset.train)
+        sets = zip(self._validation, self._validation_sizes, strict=True)
+        validation = [each for stream, size in sets for each in stream.take((step - 1) * size, step * size)]
+        num_examples, num_loss_tokens = _counts(train, len(self._dataset.train))
+        of_sets = _counts(validation, len(self._validation))
         return StepBatch(
             train=self._microbatches(train),
             validation=self._microbatches(validation),
-            num_examples=np.bincount(source_ids, minlength=num_sources).tolist(),
-            num_loss_tokens=np.bincount(source_ids, loss_tokens, num_sources).astype(int).tolist(),
+            num_examples=num_examples,
+            num_loss_tokens=num_loss_tokens,
             scale=share.scale,
             kept=share.kept,
-            num_validation_examples=len(validation),
-            num_validation_loss_tokens=sum(example.num_loss_tokens for example in validation),
+            validation_weights=self._validation_weights,
+            num_validation_examples=of_sets[0],
+            num_validation_loss_tokens=of_sets[1],
             num_tokens=sum(example.num_positions for example in [*train, *validation]),
             train_rows=self._rows(train),
             validation_rows=self._rows(validation),
         )
 
-    def test_batch(self) -> tuple[list[MicroBatch], int]:
-        """This rank's micro-batches of all test examples, and the global number of tokens that carry loss."""
+    def test_batch(self) -> tuple[list[MicroBatch], tuple[list[int], list[int]]]:
+        """This rank's micro-batches of all test examples; of each set, its examples and tokens that carry loss."""
         test = self._dataset.test
-        return self._microbatches(test), sum(example.num_loss_tokens for example in test)
+        return self._microbatches(test), _counts(test, self._num_test_sets)
 
     def state_dict(self) -> dict[str, Any] | None:
         """What later steps depend on beside the settings; None if nothing does."""
@@ -123,6 +129,17 @@ class Sampler:
     def _rows(self, examples: list[Example]) -> Rows:
         data, lengths = self._data, [example.num_positions for example in examples]
         return rows_of(lengths, data.max_length, data.packing, data.micro_batch_size, self._size)
+
+
+def _counts(examples: list[Example], num_sources: int) -> tuple[list[int], list[int]]:
+    """Of each source, or set: examples, and tokens that carry loss."""
+    ids = np.array([example.source_id for example in examples], dtype=np.int64)
+    loss_tokens = np.bincount(ids, [example.num_loss_tokens for example in examples], num_sources)
+    return np.bincount(ids, minlength=num_sources).tolist(), loss_tokens.astype(int).tolist()
+
+
+def _of_set(examples: list[Example], number: int) -> list[Example]:
+    return [example for example in examples if example.source_id == number]
 
 
 def _adaptive_shares(config: Config, dataset: Dataset) -> AdaptiveShares:

@@ -116,6 +116,11 @@ class AdaptiveShares:
         self.weights = None if state["weights"] is None else np.array(state["weights"])
 
 
+def shares_of_sets(weights: list[float], total: int) -> list[int]:
+    """How many of `total` examples each validation set has in every step: by weight, at least one each."""
+    return _whole(total * np.array(weights), np.ones(len(weights)), np.full(len(weights), np.inf), total).tolist()
+
+
 def draw_limits(config: Config, num_examples: list[int]) -> list[int] | None:
     """[K] draws of each source that `data.max_epochs` allows in the whole run; None: any number.
 

@@ -89,11 +89,11 @@ class MegatronModels:
             raise NonFinite(self._first_rank_with_non_finite(own), passes, losses, norms)
         return losses
 
-    def evaluate(self, part: Pass) -> float:
-        """Mean loss of a pass, without gradients."""
+    def evaluate(self, part: Pass) -> Tensor:
+        """Mean losses of a pass, [num_sources] fp64 on the host, without gradients."""
         with torch.no_grad():
-            (loss,) = self._add_over_ranks([part], self._run([part], forward_only=True), fingerprint=0)
-        return loss.item()
+            (losses,) = self._add_over_ranks([part], self._run([part], forward_only=True), fingerprint=0)
+        return losses
 
     def token_losses(self, micro_batch: MicroBatch) -> Tensor:
         """The upper model's raw loss of every loss token, [N] fp64 on the host, equal on every rank; data-parallel

@@ -32,7 +32,7 @@ def batch_flops(config: Config, active: Sequence[Collection[int]], batch: StepBa
     """Of the step that takes this batch, as it is packed; `active` as in `step_flops`."""
     window = config.model.shape.sliding_window
     train = work_of_rows(batch.train_rows, sum(batch.num_loss_tokens), window)
-    validation = work_of_rows(batch.validation_rows, batch.num_validation_loss_tokens, window)
+    validation = work_of_rows(batch.validation_rows, sum(batch.num_validation_loss_tokens), window)
     return step_flops(config, active, train, validation)
 
 

@@ -69,12 +69,13 @@ class RunConsole:
 
     def _table(self, summary: dict[str, Any]) -> Table:
         table = Table("source")
-        for head in ("examples", "final weight", "mean of last quarter", "settled", "epochs"):
+        for head in ("examples", "final weight", "95% of seeds", "mean of last quarter", "settled", "epochs"):
             table.add_column(head, justify="right")
         for name, weight in summary["weights"].items():
             mean = summary["weights_mean"][name]
             settled, epochs = "yes" if summary["settled"][name] else "no", f"{summary['epochs'][name]:.2f}"
-            table.add_row(Text(name), str(self.num_examples[name]), f"{weight:.3f}", f"{mean:.3f}", settled, epochs)
+            numbers = f"{weight:.3f}", interval_text(summary["intervals"], name), f"{mean:.3f}"
+            table.add_row(Text(name), str(self.num_examples[name]), *numbers, settled, epochs)
         return table
 
     def _tell_held_back(self, record: StepRecord) -> None:
@@ -118,6 +119,11 @@ class RunConsole:
         return Group(progress, Text(_numbers(record)), chart)
 
 
+def interval_text(intervals: dict[str, tuple[float, float]] | None, name: str) -> str:
+    """Of a run too short for one: nothing."""
+    return "" if intervals is None else "{:.3f} to {:.3f}".format(*intervals[name])
+
+
 def warnings_of(summary: dict[str, Any]) -> list[str]:
     """What a user should know of the sources' records."""
     lines = []
@@ -138,9 +144,11 @@ def _numbers(record: StepRecord) -> str:
         losses = [loss for loss in by_source.values() if loss is not None]
         if losses:
             parts.append(f"{name} {sum(losses) / len(losses):.4f}")
-    for name, loss in (("val", record.val_loss), ("test", record.test_loss)):
+    sets = ("val", record.val_loss, record.val_losses), ("test", record.test_loss, record.test_losses or {})
+    for name, loss, by_set in sets:
         if loss is not None:
-            parts.append(f"{name} {loss:.4f}")
+            each = ", ".join(f"{own} {value:.4f}" for own, value in by_set.items())
+            parts.append(f"{name} {loss:.4f}" + (f" ({each})" if each else ""))
     if record.penalty_gap is not None:
         parts.append(f"gap {record.penalty_gap:+.1e}")
     return "  ".join(parts)

@@ -31,6 +31,7 @@ class MetricsFiles:
             "step": line["step"],
             "weights": summary["weights"],
             "weights_mean": summary["weights_mean"],
+            "intervals": summary["intervals"],
             "logits": line["logits"],
             "num_examples": self.num_examples,
             "num_duplicates": summary["num_duplicates"],

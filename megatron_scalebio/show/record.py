@@ -38,13 +38,15 @@ class StepRecord:
     peak_memory_bytes: int  # of the fullest rank: on a GPU torch's tensors in this step; on the CPU the process so far
     signal_to_noise: BySource  # of the hypergradient's running mean: `SourceWeights.signal_to_noise`
     kept: BySource  # share of its weight that data.max_epochs leaves a source; empty: there is no limit
+    val_losses: BySource  # of each validation set; empty: there is but one
     test_loss: float | None = None  # of the upper model; only in records of steps after which it was evaluated
+    test_losses: BySource | None = None  # the same of each test set, where there are several
     test_loss_lower: float | None = None  # the same, where `run.export_model` names the lower model
 
     def to_dict(self) -> dict[str, Any]:
         """The line's object, as JSON takes it: what is not finite is null, the test losses may not be there."""
         numbers = {key: _finite(value) for key, value in vars(self).items()}
-        for name in ("test_loss", "test_loss_lower"):
+        for name in ("test_loss", "test_losses", "test_loss_lower"):
             if getattr(self, name) is None:
                 del numbers[name]
         return numbers

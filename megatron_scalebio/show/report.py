@@ -1,5 +1,6 @@
 """The run's report for a person: one HTML file that needs no network."""
 
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from megatron_scalebio.config import Config, load_config
 from megatron_scalebio.resolution import changed_from_preset
 from megatron_scalebio.run_folder import RunFolder, replace_file
 from megatron_scalebio.show.charts import Line, line_chart
-from megatron_scalebio.show.console import duration, warnings_of
+from megatron_scalebio.show.console import duration, interval_text, warnings_of
 from megatron_scalebio.show.metrics import read_metrics, read_weights
 from megatron_scalebio.show.summary import weights_summary
 
@@ -89,8 +90,15 @@ def losses_svg(records: list[dict[str, Any]]) -> str | None:
         _line("validation", records, lambda record: record.get("val_loss")),
         _line("test", records, lambda record: record.get("test_loss")),
     ]
+    for split, key in (("validation", "val_losses"), ("test", "test_losses")):
+        names = {name: None for record in records for name in record.get(key) or {}}
+        lines += [_line(f"{split} {name}", records, _of_set(key, name)) for name in names]
     lines = [line for line in lines if line.points]
     return line_chart("Losses in nats (training: mean over sources)", lines) if lines else None
+
+
+def _of_set(key: str, name: str) -> Callable[[dict[str, Any]], float | None]:
+    return lambda record: record.get(key, {}).get(name)
 
 
 def gap_svg(records: list[dict[str, Any]]) -> str | None:
@@ -110,11 +118,11 @@ def _sources_table(records: list[dict[str, Any]], weights: dict[str, Any]) -> st
     for name, weight in weights["weights"].items():
         settled = "yes" if settled_now[name] else "no"
         epochs = f"{weights['epochs'][name]:.2f}" if "epochs" in weights else ""
-        numbers = (weights["num_examples"][name], f"{weight:.4f}", f"{weights['weights_mean'][name]:.4f}", settled)
-        numbers += (epochs,)
+        interval, mean = interval_text(weights.get("intervals"), name), f"{weights['weights_mean'][name]:.4f}"
+        numbers = (weights["num_examples"][name], f"{weight:.4f}", interval, mean, settled, epochs)
         cells = "".join(f'<td class="number">{number}</td>' for number in numbers)
         rows.append(f"<tr><td>{escape(name)}</td>{cells}</tr>")
-    heads = ("examples", "final weight", "mean of last quarter", "settled", "epochs")
+    heads = ("examples", "final weight", "95% of seeds", "mean of last quarter", "settled", "epochs")
     head = "<th>source</th>" + "".join(f'<th class="number">{text}</th>' for text in heads)
     return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
 

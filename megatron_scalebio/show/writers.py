@@ -10,7 +10,7 @@ from megatron_scalebio.run_folder import RunFolder
 from megatron_scalebio.show.console import RunConsole
 from megatron_scalebio.show.metrics import MetricsFiles, claim_folder, take_up_metrics
 from megatron_scalebio.show.record import StepRecord
-from megatron_scalebio.show.summary import epochs_summary, overfitting_summary, weights_summary
+from megatron_scalebio.show.summary import epochs_summary, overfitting_summary, weight_intervals, weights_summary
 
 
 class Writer(Protocol):
@@ -111,6 +111,7 @@ class MetricsWriter:
         epochs = epochs_summary(self.drawn, self.num_examples, self.config.bilevel.steps)
         overfitting = overfitting_summary(self.train_losses, self.validation_losses, epochs["epochs"])
         found = {"num_duplicates": self.num_duplicates, "overfitting": overfitting}
+        found["intervals"] = weight_intervals(self.history)
         return weights_summary(self.history) | epochs | found
 
     def _closing(self, writer: Writer) -> Any:

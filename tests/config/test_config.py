@@ -121,6 +121,8 @@ def test_paths_of_the_command_line_are_relative_to_the_working_directory(load, t
     monkeypatch.chdir(tmp_path / "elsewhere")
     config = load("data.validation=v.jsonl", "data.sources=[{name: a, path: a.jsonl}]", "data.template=t.jinja")
     assert config.data.validation == str(tmp_path / "elsewhere" / "v.jsonl")
+    several = load("data.validation=[{name: a, path: v.jsonl}, {name: b, path: /w.jsonl, weight: 2}]").data.validation
+    assert [each["path"] for each in several] == [str(tmp_path / "elsewhere" / "v.jsonl"), "/w.jsonl"]
     assert [source.path for source in config.data.sources] == [str(tmp_path / "elsewhere" / "a.jsonl")]
     assert config.data.template == str(tmp_path / "elsewhere" / "t.jinja")
 
@@ -273,6 +275,17 @@ def test_what_a_family_has_passes(load, overrides):
         ("data.sources=[{name:a,path:b},{name:a,path:c}]", "2 sources are called 'a'; names must differ"),
         ("data.sources=[{name:'',path:b}]", "data.sources[0]: the name is empty"),
         ("data.validation=null", "data.validation is not set"),
+        ("data.validation=[]", "data.validation=[]: must be a path, a list of {name, path, weight}, or null"),
+        ("data.validation=[a.jsonl]", "data.validation[0]=a.jsonl: must be {name, path, weight}"),
+        ("data.validation=[{name:a,path:b},{name:a,path:c}]", "data.validation: 2 sets are called 'a'; names must"),
+        ("data.validation=[{path:b}]", "data.validation[0]: name=None must be a text that is not empty"),
+        ("data.test=[{name:a,path:b,weight:0}]", "data.test[0]: weight=0 must be a positive, finite number"),
+        ("data.test=[{name:a,path:b,share:1}]", "data.test[0]: unknown key share; there are name, path, weight"),
+        (
+            "data.validation=[{name:a,path:b},{name:b,path:c}] bilevel.validation_batch_size=1",
+            "each of its 2 sets has an example in every step; raise bilevel.validation_batch_size=1",
+        ),
+        ("data.max_epochs=4 data.sampling=natural", "data.max_epochs=4 with data.sampling=natural, whose shares are"),
         ("bilevel.global_batch_size=1 data.sampling=stratified", "raise bilevel.global_batch_size=1"),
         ("model.shape.head_size=15", "model.shape.head_size=15: rotary embeddings need an even size"),
         ("model.family=gemma2", "model.family=gemma2 uses its embedding as its head: set model.shape.tied_embeddings"),

@@ -157,3 +157,27 @@ def test_exact_duplicates_are_counted_within_a_source_alone(make_config):
     config = make_config({"a": [same, other, same, same], "b": [same], "c": [other, {**other, "id": 7}]})
     dataset = load_dataset(config)
     assert dataset.num_duplicates == {"a": 2, "b": 0, "c": 1} and dataset.num_examples == {"a": 4, "b": 1, "c": 2}
+
+
+SETS = [{"name": "math", "weight": 3}, {"name": "chat"}]
+
+
+def with_sets(config, write):
+    paths = [write(f"{each['name']}.jsonl", records) for each, records in zip(SETS, RECORDS_OF_SETS, strict=True)]
+    config.data.validation = [{**each, "path": path} for each, path in zip(SETS, paths, strict=True)]
+    return config
+
+
+RECORDS_OF_SETS = [{"prompt": f"m{n}", "response": "m" * (1 + n)} for n in range(3)], [{"prompt": "c", "response": "c"}]
+
+
+def test_several_validation_sets_keep_their_number_and_tell_the_data_apart(make_config, write):
+    config = make_config({"a": [{"prompt": "1", "response": "2"}]})
+    one = load_dataset(config)
+    dataset = load_dataset(with_sets(config, write))
+    assert [example.source_id for example in dataset.validation] == [0, 0, 0, 1]
+    config.data.validation[1], config.data.validation[0] = config.data.validation
+    assert len({one.fingerprint, dataset.fingerprint, load_dataset(config).fingerprint}) == 3
+    config.data.validation[0]["path"] += ".absent"
+    with pytest.raises(UserError, match=r"data.validation\[0\].path \(chat\): .*absent"):
+        load_dataset(config)

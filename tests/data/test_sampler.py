@@ -112,10 +112,10 @@ def test_validation_goes_through_its_own_epochs_and_wraps(config):
     assert seen == Counter({key: 4 for key in epoch_of(dataset.validation)})  # 9 steps of 4 of 9 examples
     config.bilevel.validation_batch_size = 20  # more than the file holds
     batch = sampler_of(dataset, config, 0, 1).step(1)
-    assert sum(examples_of(batch.validation).values()) == batch.num_validation_examples == 20
+    assert sum(examples_of(batch.validation).values()) == sum(batch.num_validation_examples) == 20
     assert set(examples_of(batch.validation).values()) == {2, 3}
     config.bilevel.validation_batch_size = None
-    assert sampler_of(dataset, config, 0, 1).step(1).num_validation_examples == config.bilevel.global_batch_size
+    assert sampler_of(dataset, config, 0, 1).step(1).num_validation_examples == [config.bilevel.global_batch_size]
 
 
 @pytest.mark.parametrize("packing, micro_batch_size, size", [(True, 1, 2), (True, 2, 3), (False, 1, 1), (False, 3, 4)])
@@ -141,8 +141,8 @@ def test_counts_are_those_of_the_tensors(config):
         of_source = {key: times for key, times in train.items() if key[0] == source}
         assert batch.num_examples[source] == sum(of_source.values())
         assert batch.num_loss_tokens[source] == sum(len(key[2]) * times for key, times in of_source.items())
-    assert batch.num_validation_examples == sum(validation.values())
-    assert batch.num_validation_loss_tokens == sum(len(key[2]) * times for key, times in validation.items())
+    assert batch.num_validation_examples == [sum(validation.values())]
+    assert batch.num_validation_loss_tokens == [sum(len(key[2]) * times for key, times in validation.items())]
     assert batch.num_tokens == sum(len(key[1]) * times for part in (train, validation) for key, times in part.items())
 
 
@@ -231,16 +231,17 @@ def test_test_batches_hold_each_test_example_once(config):
     dataset = load_dataset(config)
     shares = [sampler_of(dataset, config, rank, 3).test_batch() for rank in range(3)]
     assert sum((examples_of(microbatches) for microbatches, _ in shares), Counter()) == epoch_of(dataset.test)
-    assert {total for _, total in shares} == {sum(example.num_loss_tokens for example in dataset.test)}
+    counts = [len(dataset.test)], [sum(example.num_loss_tokens for example in dataset.test)]
+    assert all(found == counts for _, found in shares)
     assert len({len(microbatches) for microbatches, _ in shares}) == 1
-    dataset.test = []
-    assert sampler_of(dataset, config, 0, 1).test_batch() == ([], 0)
+    dataset.test, config.data.test = [], None
+    assert sampler_of(dataset, config, 0, 1).test_batch() == ([], ([], []))
 
 
 def test_fixed_mode_has_no_validation(config):
     config.bilevel.mode = "fixed"
     batch = sampler_of(load_dataset(config), config, 0, 1).step(1)
-    assert (batch.validation, batch.num_validation_examples, batch.num_validation_loss_tokens) == ([], 0, 0)
+    assert (batch.validation, batch.num_validation_examples, batch.num_validation_loss_tokens) == ([], [], [])
 
 
 def test_natural_sampling_may_have_more_sources_than_examples_per_step(config):
@@ -263,3 +264,22 @@ def test_with_replacement_an_example_comes_again_before_all_have_come_and_each_c
     assert all(len(batch) < pool for batch in found), "a step of all examples has some of them twice"
     total = sum(found, Counter())
     assert len(total) == pool and all(abs(count - 400) < 5 * 400**0.5 for count in total.values())
+
+
+def test_each_step_has_examples_of_every_validation_set_by_their_weights(config, write):
+    """8 of 4 + 5 records, weights 3 and 1: 6 and 2 in every step; of one set all, in the order of old."""
+    alone = [sampler_of(load_dataset(config), config, 0, 1).step(step) for step in (1, 2)]
+    config.data.validation = [
+        {"name": "m", "path": write("m.jsonl", records("m", 4)), "weight": 3},
+        {"name": "v", "path": write("w.jsonl", records("v", 5)), "weight": 1},
+    ]
+    config.bilevel.validation_batch_size = 8
+    dataset = load_dataset(config)
+    ranks = [sampler_of(dataset, config, rank, 2).step(3) for rank in range(2)]
+    found = sum((examples_of(batch.validation) for batch in ranks), Counter())
+    by_set = [sum(times for key, times in found.items() if key[0] == number) for number in range(2)]
+    tokens = [sum(len(key[2]) * times for key, times in found.items() if key[0] == number) for number in range(2)]
+    for batch in ranks:
+        assert batch.num_validation_examples == by_set == [6, 2] and batch.num_validation_loss_tokens == tokens
+        assert batch.validation_weights == [0.75, 0.25]
+    assert all(batch.num_validation_examples == [4] and batch.validation_weights == [1.0] for batch in alone)

@@ -60,7 +60,7 @@ def meet_a_nan(case: Case, poisoned_rank: int, named_rank: int, role: Role) -> N
     with pytest.raises(NonFinite) as error:
         run.take_step()
     assert error.value.rank == named_rank
-    message = error.value.describe(case.source_names)
+    message = error.value.describe({"train": case.source_names})
     assert message.startswith(f"not finite on rank {named_rank}: loss nan of ")
     other = Role.UPPER if role is Role.LOWER else Role.LOWER
     assert f"in the {role} model" in message and f"in the {other} model" not in message
@@ -79,7 +79,7 @@ def meet_an_overflow(case: Case) -> None:
     before = snapshot(run)
     with pytest.raises(NonFinite) as error:
         run.take_step()
-    message = error.value.describe(case.source_names)
+    message = error.value.describe({"train": case.source_names})
     assert "gradient norm" in message and "of the lower model" in message and "loss" not in message
     check_unchanged(run, before)
 
@@ -111,5 +111,5 @@ def meet_a_nan_in_one_source(case: Case) -> None:
     before = snapshot(run)
     with pytest.raises(NonFinite) as error:
         run.take_step()
-    assert error.value.describe(case.source_names).endswith(": loss nan of s2 in the upper model")
+    assert error.value.describe({"train": case.source_names}).endswith(": loss nan of s2 in the upper model")
     check_unchanged(run, before)

@@ -31,6 +31,7 @@ def a_record(step: int, **changes: Any) -> StepRecord:
         "mfu": None,
         "num_examples": {"clean": 6, "noisy": 2},
         "kept": {},
+        "val_losses": {},
         "flops": 1e14,
         "peak_memory_bytes": 2**30,
     }

@@ -169,7 +169,7 @@ def timed_step(trainer: Trainer) -> Step:
         return Content(work_of_rows(rows, num_loss_tokens, window), sum(rows.examples), num_microbatches * replicas)
 
     train = content(batch.train_rows, sum(batch.num_loss_tokens), len(batch.train))
-    validation = content(batch.validation_rows, batch.num_validation_loss_tokens, len(batch.validation))
+    validation = content(batch.validation_rows, sum(batch.num_validation_loss_tokens), len(batch.validation))
     active = [trainer.active_layers[role] for role in result.grad_norm]
     flops = batch_flops(config, active, batch)
     return Step(max(everyone), train, validation, flops, trainer.active_layers != before, record)

@@ -159,7 +159,7 @@ def run_job(job: Job) -> Run:
                 step_seconds.append(time.perf_counter() - started)
                 hypergradients.append(result.hypergradient)
         except NonFinite as error:  # which no other process could read
-            reason = error.describe(dataset.source_names)
+            reason = error.describe({"train": dataset.source_names})
             raise RuntimeError(f"arm '{job.arm.name}', seed {job.seed}, step {trainer.step + 1}: {reason}") from None
         return found | {
             "test_loss": trainer.evaluate(),
