@@ -198,12 +198,11 @@ def _absolute(setting: _Given, folder: Path) -> Any:
         return {name: resolve(value, SOURCE_SETTINGS[name]) for name, value in source.items()}
 
     if SETTINGS[setting.key].several and isinstance(setting.value, list):
-        items = [item for item in setting.value]
         return [
             item | {"path": resolve(item["path"], SETTINGS[setting.key])}
             if isinstance(item, dict) and "path" in item
             else item
-            for item in items
+            for item in setting.value
         ]
     if setting.key == "data.sources" and isinstance(setting.value, list):
         return [resolve_source(source) if isinstance(source, dict) else source for source in setting.value]

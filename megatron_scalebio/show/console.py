@@ -121,7 +121,7 @@ class RunConsole:
 
 def interval_text(intervals: dict[str, tuple[float, float]] | None, name: str) -> str:
     """Of a run too short for one: nothing."""
-    return "" if intervals is None else "{:.3f} to {:.3f}".format(*intervals[name])
+    return "" if intervals is None else "{:.3f}-{:.3f}".format(*intervals[name]).replace("0.", ".")
 
 
 def warnings_of(summary: dict[str, Any]) -> list[str]:

@@ -323,6 +323,7 @@ def test_what_a_user_should_know_of_the_records_is_said_at_the_end_and_a_source_
     writer.close(summary)
     text = stream.getvalue()
     assert text.count("holds clean back; the others take that share") == 1
+    assert ".600-.700" in text and ".300-.400" in text
     assert "step 2: data.max_epochs=1.5 holds clean back" in text
     assert "noisy: 3 of its examples are exact duplicates of others in it" in text and "clean: 0" not in text
     assert "clean is overfitting: its records have been seen 4.2 times" in text and "noisy is" not in text
