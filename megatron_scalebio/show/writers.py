@@ -110,7 +110,7 @@ class MetricsWriter:
     def _summary(self) -> dict[str, Any]:
         epochs = epochs_summary(self.drawn, self.num_examples, self.config.bilevel.steps)
         overfitting = overfitting_summary(self.train_losses, self.validation_losses, epochs["epochs"])
-        found = {"num_duplicates": self.num_duplicates, "overfitting": overfitting}
+        found: dict[str, Any] = {"num_duplicates": self.num_duplicates, "overfitting": overfitting}
         found["intervals"] = weight_intervals(self.history)
         return weights_summary(self.history) | epochs | found
 
