@@ -69,7 +69,7 @@ class RunConsole:
 
     def _table(self, summary: dict[str, Any]) -> Table:
         table = Table("source")
-        for head in ("examples", "final weight", "95% of seeds", "mean of last quarter", "settled", "epochs"):
+        for head in ("examples", "final weight", "95% interval", "mean of last quarter", "settled", "epochs"):
             table.add_column(head, justify="right")
         for name, weight in summary["weights"].items():
             mean = summary["weights_mean"][name]

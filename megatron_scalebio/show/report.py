@@ -122,7 +122,7 @@ def _sources_table(records: list[dict[str, Any]], weights: dict[str, Any]) -> st
         numbers = (weights["num_examples"][name], f"{weight:.4f}", interval, mean, settled, epochs)
         cells = "".join(f'<td class="number">{number}</td>' for number in numbers)
         rows.append(f"<tr><td>{escape(name)}</td>{cells}</tr>")
-    heads = ("examples", "final weight", "95% of seeds", "mean of last quarter", "settled", "epochs")
+    heads = ("examples", "final weight", "95% interval", "mean of last quarter", "settled", "epochs")
     head = "<th>source</th>" + "".join(f'<th class="number">{text}</th>' for text in heads)
     return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
 

@@ -38,8 +38,8 @@ def weights_summary(history: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def weight_intervals(history: list[dict[str, float]]) -> dict[str, tuple[float, float]] | None:
-    """{source: where its weight would lie in about 19 of 20 runs that differ in their seed alone}; None where the steps
-    so far are too few to tell, or a weight stands at 0 or 1.
+    """{source: what holds, in about 19 of 20 runs, the weight that such runs end at on average over their seeds}; None
+    where the steps so far are too few to tell, or a weight stands at 0 or 1. Another single run strays as far again.
 
     How: the hypergradient's noise moves the log-odds of a weight step by step, so the variance of where they stand is
     the sum over blocks of steps of the variance of a block's movement. That is taken from the differences of

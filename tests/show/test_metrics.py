@@ -269,7 +269,7 @@ def test_a_line_has_the_keys_of_the_contract_in_their_order(config):
     assert first == keys.split() and second == [*first, "test_loss"]
 
 
-def test_the_interval_of_a_weight_holds_where_other_seeds_end():
+def test_the_interval_of_a_weight_holds_where_such_runs_end_on_average():
     """Log-odds that walk by autocorrelated noise, as momentum makes it, beside a steady trend: of 200 walks about 19 in
     20 have the end that is true of all within their interval."""
     rng, steps, inside, trend = np.random.default_rng(0), 400, 0, np.linspace(0, 3, 400)
