@@ -16,7 +16,6 @@ from megatron_scalebio.config import (
     load_config,
 )
 from megatron_scalebio.data import Dataset, load_dataset, load_tokenizer
-from megatron_scalebio.data.shares import draw_limits
 from megatron_scalebio.device import check_device
 from megatron_scalebio.hf import adopt_checkpoint, check_checkpoint
 from megatron_scalebio.launch import is_main_rank
@@ -79,9 +78,7 @@ def open_run(
     check_config(loaded, world_size, tokenizer.vocab_size)
     resolved = resolve(loaded, tokenizer.vocab_size)
     _check_folder(resolved, "auto", writes)
-    dataset = load_dataset(resolved, tokenizer)
-    draw_limits(resolved, list(dataset.num_examples.values()))
-    return Run(resolved, dataset)
+    return Run(resolved, load_dataset(resolved, tokenizer))
 
 
 def _check_folder(config: Config, resume: str, writes: bool) -> None:

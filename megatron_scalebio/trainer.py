@@ -18,7 +18,7 @@ from megatron_scalebio.active_layers import Role, draw_active_layers, period_of
 from megatron_scalebio.bilevel import Bilevel, NonFinite, StepResult, evaluation_pass
 from megatron_scalebio.checkpoint import load_models, newest_checkpoint, read_state, save_checkpoint
 from megatron_scalebio.config import Config, UserError
-from megatron_scalebio.config.evaluation_sets import evaluation_sets, names_of_sets
+from megatron_scalebio.config.evaluation_sets import names_of_sets
 from megatron_scalebio.data import Sampler, StepBatch
 from megatron_scalebio.device import choose_device, device_name, peak_memory, read_back, reset_peak_memory
 from megatron_scalebio.mcore.attention import choose_attention
@@ -164,8 +164,7 @@ class Trainer:
 
     @property
     def _test_weights(self) -> Tensor:
-        sets = evaluation_sets("data.test", self.config.data.test)
-        return torch.tensor([each.weight for each in sets], dtype=torch.float64)
+        return torch.tensor(self.sampler.test_weights, dtype=torch.float64)
 
     def _exported(self) -> list[Role]:
         which = self.config.run.export_model

@@ -31,13 +31,16 @@ FLOORS = (
 # The same inside a folder, whose modules are told apart; `__init__` may import them all.
 INNER_FLOORS = {
     "anatomy": (("parameters", "storage", "fields"), ("decoder", "tensors"), ("family",), ("families",)),
-    "config": (("errors", "likeness", "words"), ("declare",), ("settings",), ("unknown",), ("loading",)),
+    "config": (
+        ("errors", "evaluation_sets", "likeness", "words"),
+        *(("declare",), ("settings",), ("unknown",), ("loading",)),
+    ),
     "hf": (("checkpoint",), ("export", "mapping", "model_config")),
     "plan": (
         *(("sizes",), ("memory", "flops"), ("seconds",), ("planner", "utilization")),
         *(("search", "machine"), ("report",)),
     ),
-    "show": (("charts", "record", "step_trace"), ("console", "metrics"), ("writers", "report")),
+    "show": (("charts", "record", "step_trace", "summary"), ("console", "metrics"), ("writers", "report")),
     "data": (("batch", "records", "shares", "tokenizers"), ("templates",), ("dataset",), ("packing",), ("sampler",)),
     "compare": (("arms", "statistics", "verdict", "page"), ("runs",), ("comparison",)),
     "mcore": (

@@ -11,6 +11,7 @@ import numpy as np
 
 from megatron_scalebio.config import Config, DataConfig, UserError, evaluation_sets
 from megatron_scalebio.data.records import path_problem, raise_problems, read_records
+from megatron_scalebio.data.shares import draw_limits
 from megatron_scalebio.data.templates import Segment, Template, choose_template, record_segments
 from megatron_scalebio.data.tokenizers import Tokenizer, load_tokenizer
 
@@ -86,7 +87,7 @@ def load_dataset(config: Config, tokenizer: Tokenizer | None = None) -> Dataset:
         tokenizer: that of `data.tokenizer`, where it is at hand.
 
     Raises:
-        UserError: a file or record breaks a rule; the message names it.
+        UserError: a file or record breaks a rule, or the records are too few for the run; the message names it.
     """
     data = config.data
     source_names = [source.name for source in data.sources]
@@ -108,6 +109,7 @@ def load_dataset(config: Config, tokenizer: Tokenizer | None = None) -> Dataset:
             dataset.train.append(examples)
         else:
             (dataset.validation if key.startswith("data.validation") else dataset.test).extend(examples)
+    draw_limits(config, list(dataset.num_examples.values()))
     return dataset
 
 

@@ -46,7 +46,8 @@ class Sampler:
         self._validation_weights = [each.weight for each in sets]
         size = config.bilevel.validation_batch_size
         self._validation_sizes = shares_of_sets(self._validation_weights, size) if sets else []
-        self._num_test_sets = len(evaluation_sets("data.test", config.data.test))
+        # A dataset made in memory may have test examples that no setting names: one set.
+        self.test_weights = [each.weight for each in evaluation_sets("data.test", config.data.test)] or [1.0]
 
     def step(self, step: int, weights: Sequence[float] = ()) -> StepBatch:
         """The batch of `step`, counted from 1. num_tokens counts input positions: n - 1 for an example of n tokens.
@@ -80,7 +81,7 @@ class Sampler:
     def test_batch(self) -> tuple[list[MicroBatch], tuple[list[int], list[int]]]:
         """This rank's micro-batches of all test examples; of each set, its examples and tokens that carry loss."""
         test = self._dataset.test
-        return self._microbatches(test), _counts(test, self._num_test_sets)
+        return self._microbatches(test), _counts(test, len(self.test_weights))
 
     def state_dict(self) -> dict[str, Any] | None:
         """What later steps depend on beside the settings; None if nothing does."""

@@ -13,6 +13,7 @@ import pytest
 
 from megatron_scalebio import cli, dry_run
 from megatron_scalebio.config import Config, SourceConfig, UserError
+from megatron_scalebio.data import Dataset
 from megatron_scalebio.plan import report
 from megatron_scalebio.plan.planner import Plan, num_microbatches, stage_memory
 from megatron_scalebio.plan.report import settings_of
@@ -138,7 +139,7 @@ def test_a_dry_runs_verdict_is_its_exit_status(tmp_path, monkeypatch, capsys, gi
 @pytest.mark.parametrize("compute, told", [("bf16", False), ("fp8", True)])
 def test_fp8_that_is_planned_as_bf16_is_told(compute, told):
     plan = plan_of(8, "parallel.pipeline=8", "bilevel.steps=20", f"precision.compute={compute}")
-    dataset = SimpleNamespace(source_names=[], train=[], validation=[], test=[])
+    dataset = Dataset(SimpleNamespace(), [])
     for lines in (report.plan_lines(plan), dry_run._lines(plan, dataset)):
         assert ("precision.compute=fp8 is planned as bf16" in "\n".join(lines)) == told
 
