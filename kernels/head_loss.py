@@ -148,4 +148,5 @@ def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 def _operands_as_bf16() -> AbstractContextManager[None]:
     """oneDNN multiplies fp32 matrices as bf16 and accumulates in fp32: for what was bf16 before, nothing is rounded."""
-    return torch.backends.mkldnn.flags(enabled=True, fp32_precision="bf16")
+    keep = {"deterministic": None, "allow_tf32": None}  # as they are; to set the latter, to anything, warns
+    return torch.backends.mkldnn.flags(enabled=True, fp32_precision="bf16", **keep)

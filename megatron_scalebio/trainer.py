@@ -21,6 +21,7 @@ from megatron_scalebio.config import Config, UserError
 from megatron_scalebio.config.evaluation_sets import names_of_sets
 from megatron_scalebio.data import Sampler, StepBatch
 from megatron_scalebio.device import choose_device, device_name, peak_memory, read_back, reset_peak_memory
+from megatron_scalebio.hf import model_card
 from megatron_scalebio.mcore.attention import choose_attention
 from megatron_scalebio.mcore.export import export_model
 from megatron_scalebio.mcore.models import MegatronModels
@@ -177,7 +178,8 @@ class Trainer:
         dist.broadcast_object_list(there)
         try:
             if not there[0]:
-                export_model(self.models, folder, self.dataset.tokenizer.end_id, role)
+                card = model_card(self.config, role, self.step, self.weights, self.dataset.num_examples)
+                export_model(self.models, folder, self.dataset.tokenizer.end_id, role, card)
             elif self.groups.rank == 0:
                 print(f"{folder} is there already, and is kept as it is")
         except UserError as error:

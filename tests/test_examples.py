@@ -205,9 +205,11 @@ def test_gsm8k_kinds_says_which_folder_it_misses(tmp_path, missing):
 
 
 def test_quickstart_trains_from_any_folder_and_leaves_its_outputs(tmp_path):
-    result = run_example("quickstart", tmp_path, "bilevel.steps=2", "run.output_dir=here", "lisa.period=1")
+    result = run_example("quickstart", tmp_path, "bilevel.steps=2", "run.output_dir=here", "run.export_model=both")
     assert result.returncode == 0, result.stderr
     weights = json.loads((tmp_path / "here" / "weights.json").read_text())
+    for folder, role in (("hf", "upper"), ("hf_lower", "lower")):
+        assert f"**{role}** model" in (tmp_path / "here" / folder / "README.md").read_text()
     assert weights["step"] == 2 and list(weights["weights"])[0] == "clean"
     assert abs(sum(weights["weights"].values()) - 1) < 1e-12
     assert (tmp_path / "here" / "report.html").exists() and "report: " in result.stdout

@@ -35,7 +35,7 @@ INNER_FLOORS = {
         ("errors", "evaluation_sets", "likeness", "words"),
         *(("declare",), ("settings",), ("unknown",), ("loading",)),
     ),
-    "hf": (("checkpoint",), ("export", "mapping", "model_config")),
+    "hf": (("checkpoint",), ("export", "mapping", "model_card", "model_config")),
     "plan": (
         *(("sizes",), ("memory", "flops"), ("seconds",), ("planner", "utilization")),
         *(("search", "machine"), ("report",)),

@@ -4,6 +4,7 @@ from megatron_scalebio.config import ModelConfig
 from megatron_scalebio.hf.checkpoint import Checkpoint, read_config
 from megatron_scalebio.hf.export import Shard, ShardWriter, begin_export, finish_export
 from megatron_scalebio.hf.mapping import check_names, read_shard, to_theirs
+from megatron_scalebio.hf.model_card import model_card
 from megatron_scalebio.hf.model_config import adopt_checkpoint, export_config, read_shape
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "check_checkpoint",
     "export_config",
     "finish_export",
+    "model_card",
     "read_config",
     "read_shape",
     "read_shard",

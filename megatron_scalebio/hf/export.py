@@ -96,6 +96,7 @@ def finish_export(
     source: Path | None = None,
     tokenizer: Path | None = None,
     template: Path | None = None,
+    card: str = "",
 ) -> None:
     """Give the shards their names, write the other files, and rename the folder to `final`.
 
@@ -105,6 +106,7 @@ def finish_export(
         source: the checkpoint folder that the model came from, whose generation_config.json goes with it.
         tokenizer: a folder whose tokenizer files and chat template go with it, or a SentencePiece model.
         template: the .jinja file of another chat template, which the model was trained with.
+        card: the content of README.md; see `hf.model_card`. Empty: none is written.
 
     Raises: UserError if `final` exists by now; ValueError if two shards hold the same tensor.
     """
@@ -127,6 +129,8 @@ def finish_export(
         _copy_tokenizer(tokenizer, partial)
     if template is not None:
         shutil.copyfile(template, partial / "chat_template.jinja")
+    if card:
+        (partial / "README.md").write_text(card, encoding="utf-8")
     _refuse_existing(final)  # a rename would replace an empty folder
     os.rename(partial, final)
 

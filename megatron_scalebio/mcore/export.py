@@ -19,8 +19,9 @@ EXPORT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FAILURES = (OSError, SafetensorError, UserError)  # of disks and folders: no program's fault
 
 
-def export_model(models: MegatronModels, folder: Path, end_id: int, role: Role = Role.UPPER) -> None:
-    """Write one of the two models to a new folder; every rank takes part. `end_id` is its tokenizer's end-of-text.
+def export_model(models: MegatronModels, folder: Path, end_id: int, role: Role = Role.UPPER, card: str = "") -> None:
+    """Write one of the two models to a new folder; every rank takes part. `end_id` is its tokenizer's end-of-text, and
+    `card` its README.md, if it is to have one.
 
     Weights that have trained come from their exact masters, rounded once, to `run.export_dtype`; with bf16 weights and
     a bf16 export those that never trained keep the bits that they were loaded with.
@@ -54,7 +55,8 @@ def export_model(models: MegatronModels, folder: Path, end_id: int, role: Role =
     source = None if config.model.hf_path is None else Path(config.model.hf_path)
     tokenizer = None if config.data.tokenizer == "bytes" else Path(config.data.tokenizer)
     template = Path(config.data.template) if config.data.template.endswith(".jinja") else None
-    _together(lambda: finish_export(partial, folder, shards, content, source, tokenizer, template) if first else None)
+    beside = content, source, tokenizer, template, card
+    _together(lambda: finish_export(partial, folder, shards, *beside) if first else None)
 
 
 def _config_json(models: MegatronModels, dtype: torch.dtype, end_id: int) -> dict[str, Any]:
