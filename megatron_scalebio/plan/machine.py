@@ -127,8 +127,7 @@ def _disk(plan: Plan) -> list[str]:
     while not folder.exists():
         folder = folder.parent
     number, size = checkpoints(plan)
-    exported = config.run.resume == "auto" and RunFolder(Path(config.run.output_dir)).exported("upper").exists()
-    export = export_bytes(config) if config.run.export and not exported else 0
+    export = export_bytes(config)
     needed, free = number * size + export, shutil.disk_usage(folder).free
     if needed <= free:
         return []
@@ -146,8 +145,9 @@ def checkpoints(plan: Plan) -> tuple[int, int]:
     moments of what trains, and what both models share unless it is a layer that is read again from where it came from
     (FP8)."""
     config, run = plan.config, plan.config.run
-    regular = range(run.save_every, config.bilevel.steps, run.save_every) if run.save_every else ()
-    number = sum(step > _steps_done(config) for step in (*regular, config.bilevel.steps))
+    last = config.bilevel.steps
+    regular = range(run.save_every, last + 1, run.save_every) if run.save_every else ()
+    number = sum(step > _steps_done(config) for step in {*regular, *[last] * run.save_last})
     parts = ["masters", "host masters", "moments"]
     if config.precision.frozen_weights != "fp8":
         parts += ["frozen weights"]
@@ -187,6 +187,9 @@ def _frozen_tables(plan: Plan) -> int:
 
 
 def export_bytes(config: Config) -> int:
-    """Bytes of what is exported."""
-    number = 2 if config.run.export_model == "both" else 1
-    return number * model_parameters(config.model) * WEIGHT_BYTES[config.run.export_dtype]
+    """Bytes of the models that the run has yet to export."""
+    run, folder = config.run, RunFolder(Path(config.run.output_dir))
+    chosen = ["upper", "lower"] if run.export_model == "both" else [run.export_model]
+    left = [role for role in chosen if run.resume == "never" or not folder.exported(role).exists()]
+    each = model_parameters(config.model) * WEIGHT_BYTES[run.export_dtype]
+    return len(left) * each if run.export else 0

@@ -105,6 +105,9 @@ def test_the_checkpoint_is_what_has_trained_and_its_moments(tmp_path):
         (["run.resume=auto"], ["step_50", "step_234"], 0),
         (["run.resume=auto", "run.save_every=0"], ["step_117"], 1),
         (["run.resume=auto", "run.save_every=0"], ["step_234"], 0),
+        (["run.save_last=false"], [], 4),
+        (["run.save_last=false", "run.save_every=117"], [], 2),
+        (["run.save_last=false", "run.save_every=0"], [], 0),
     ],
 )
 def test_checkpoints_that_are_written_are_not_counted_again(tmp_path, overrides, steps, number):
@@ -174,3 +177,21 @@ def test_fp8_is_exported_in_bf16(tmp_path):
         for compute in ("bf16", "fp8", "fp32", "fp64")
     ]
     assert sizes[0] == sizes[1] == sizes[2] // 2 == sizes[3] // 2
+
+
+@pytest.mark.parametrize(
+    "overrides, there, number",
+    [
+        ([], [], 1),
+        (["run.export=false"], [], 0),
+        (["run.export_model=both"], [], 2),
+        (["run.export_model=both", "run.resume=auto"], ["hf"], 1),
+        (["run.export_model=lower", "run.resume=auto"], ["hf"], 1),
+        (["run.export_model=lower", "run.resume=auto"], ["hf_lower"], 0),
+    ],
+)
+def test_a_model_that_is_there_is_not_exported_again(tmp_path, overrides, there, number):
+    config = a_config(tmp_path, *overrides)
+    for name in there:
+        (Path(config.run.output_dir) / name).mkdir(parents=True)
+    assert module.export_bytes(config) == number * module.export_bytes(a_config(tmp_path))
