@@ -139,6 +139,7 @@ def gaps_by_precision(
             here = parts | {"weights"} if weights else parts
             with rounding(models, parts):
                 yield described(here), of(models)
+        del models  # before the next is built
     for name, precision in PRECISIONS.items():
         yield name, of(host(*precision))
 
