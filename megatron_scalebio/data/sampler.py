@@ -46,8 +46,9 @@ class Sampler:
         self._validation_weights = [each.weight for each in sets]
         size = config.bilevel.validation_batch_size
         self._validation_sizes = shares_of_sets(self._validation_weights, size) if sets else []
+        sets = evaluation_sets("data.test", config.data.test)
         # A dataset made in memory may have test examples that no setting names: one set.
-        self.test_weights = [each.weight for each in evaluation_sets("data.test", config.data.test)] or [1.0]
+        self.test_weights = ([each.weight for each in sets] or [1.0]) if dataset.test else []
 
     def step(self, step: int, weights: Sequence[float] = ()) -> StepBatch:
         """The batch of `step`, counted from 1. num_tokens counts input positions: n - 1 for an example of n tokens.
