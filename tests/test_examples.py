@@ -213,7 +213,7 @@ def test_quickstart_trains_from_any_folder_and_leaves_its_outputs(tmp_path):
     assert weights["step"] == 2 and list(weights["weights"])[0] == "clean"
     assert abs(sum(weights["weights"].values()) - 1) < 1e-12
     assert (tmp_path / "here" / "report.html").exists() and "report: " in result.stdout
-    assert all(head in result.stdout for head in ("final", "weight", "95%", "interval", "settled"))  # narrow: wrapped
+    assert "final weight" in result.stdout and "interval" not in result.stdout  # of two steps
     assert "Traceback" not in result.stderr
 
     again = run_example("quickstart", tmp_path, "bilevel.steps=2", "run.output_dir=here", "lisa.period=1")

@@ -68,13 +68,20 @@ class RunConsole:
             self._print(line)
 
     def _table(self, summary: dict[str, Any]) -> Table:
-        table = Table("source")
-        for head in ("examples", "final weight", "95% interval", "mean of last quarter", "settled", "epochs"):
+        table, intervals = Table("source"), summary["intervals"]
+        for head in (
+            "examples",
+            "final weight",
+            *interval_head(intervals),
+            "mean of last quarter",
+            "settled",
+            "epochs",
+        ):
             table.add_column(head, justify="right")
         for name, weight in summary["weights"].items():
             mean = summary["weights_mean"][name]
             settled, epochs = "yes" if summary["settled"][name] else "no", f"{summary['epochs'][name]:.2f}"
-            numbers = f"{weight:.3f}", interval_text(summary["intervals"], name), f"{mean:.3f}"
+            numbers = f"{weight:.3f}", *interval_text(intervals, name), f"{mean:.3f}"
             table.add_row(Text(name), str(self.num_examples[name]), *numbers, settled, epochs)
         return table
 
@@ -119,9 +126,14 @@ class RunConsole:
         return Group(progress, Text(_numbers(record)), chart)
 
 
-def interval_text(intervals: dict[str, tuple[float, float]] | None, name: str) -> str:
-    """Of a run too short for one: nothing."""
-    return "" if intervals is None else "{:.3f}-{:.3f}".format(*intervals[name]).replace("0.", ".")
+def interval_head(intervals: dict[str, tuple[float, float]] | None) -> tuple[str, ...]:
+    """Of the column that a run has where it was long enough for one."""
+    return () if intervals is None else ("95% interval",)
+
+
+def interval_text(intervals: dict[str, tuple[float, float]] | None, name: str) -> tuple[str, ...]:
+    """The cell below `interval_head`."""
+    return () if intervals is None else ("{:.3f}-{:.3f}".format(*intervals[name]).replace("0.", "."),)
 
 
 def warnings_of(summary: dict[str, Any]) -> list[str]:

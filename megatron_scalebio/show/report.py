@@ -9,7 +9,7 @@ from megatron_scalebio.config import Config, load_config
 from megatron_scalebio.resolution import changed_from_preset
 from megatron_scalebio.run_folder import RunFolder, replace_file
 from megatron_scalebio.show.charts import Line, line_chart
-from megatron_scalebio.show.console import duration, interval_text, warnings_of
+from megatron_scalebio.show.console import duration, interval_head, interval_text, warnings_of
 from megatron_scalebio.show.metrics import read_metrics, read_weights
 from megatron_scalebio.show.summary import weights_summary
 
@@ -115,14 +115,22 @@ def _line(name: str, records: list[dict[str, Any]], value: Any) -> Line:
 
 def _sources_table(records: list[dict[str, Any]], weights: dict[str, Any]) -> str:
     rows, settled_now = [], weights_summary([record["weights"] for record in records])["settled"]
+    intervals = weights.get("intervals")
     for name, weight in weights["weights"].items():
         settled = "yes" if settled_now[name] else "no"
         epochs = f"{weights['epochs'][name]:.2f}" if "epochs" in weights else ""
-        interval, mean = interval_text(weights.get("intervals"), name), f"{weights['weights_mean'][name]:.4f}"
-        numbers = (weights["num_examples"][name], f"{weight:.4f}", interval, mean, settled, epochs)
+        mean = f"{weights['weights_mean'][name]:.4f}"
+        numbers = (
+            weights["num_examples"][name],
+            f"{weight:.4f}",
+            *interval_text(intervals, name),
+            mean,
+            settled,
+            epochs,
+        )
         cells = "".join(f'<td class="number">{number}</td>' for number in numbers)
         rows.append(f"<tr><td>{escape(name)}</td>{cells}</tr>")
-    heads = ("examples", "final weight", "95% interval", "mean of last quarter", "settled", "epochs")
+    heads = ("examples", "final weight", *interval_head(intervals), "mean of last quarter", "settled", "epochs")
     head = "<th>source</th>" + "".join(f'<th class="number">{text}</th>' for text in heads)
     return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
 
