@@ -171,11 +171,18 @@ class Bilevel:
 
 
 def _kept(weights: Tensor, kept: list[float]) -> Tensor:
-    """What the models train with, where `data.max_epochs` holds sources back: [K], adds up to one as the weights do."""
+    """What the models train with, where `data.max_epochs` holds sources back: [K], adds up to one as the weights do.
+
+    What they lose goes to the others in proportion; given back to all, a source that is held back would regain it, and
+    each of its few records count for many.
+    """
     if min(kept) == 1.0:
         return weights
-    cut = weights * torch.tensor(kept, dtype=torch.float64)
-    return cut / cut.sum()
+    share = torch.tensor(kept, dtype=torch.float64)
+    cut, others = weights * share, weights * (share > 1 - 1e-9)
+    if others.sum() == 0:
+        return cut / cut.sum()
+    return cut + others * (1 - cut.sum()) / others.sum()
 
 
 def evaluation_pass(

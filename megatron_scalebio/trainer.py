@@ -267,9 +267,8 @@ class Trainer:
         if self.groups.rank == 0:
             data = self.config.data
             names = {"train": self.dataset.source_names}
-            names |= {
-                split: names_of_sets(value) for split, value in (("validation", data.validation), ("test", data.test))
-            }
+            sets = {"validation": data.validation, "test": data.test}
+            names |= {split: names_of_sets(value) for split, value in sets.items() if isinstance(value, list)}
             what = error.describe(names)
             print(f"error: step {self.step + 1}, before any update: {what}", file=sys.stderr, flush=True)
 

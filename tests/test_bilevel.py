@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_scalebio.active_layers import Role
-from megatron_scalebio.bilevel import Bilevel, NonFinite, Pass
+from megatron_scalebio.bilevel import Bilevel, NonFinite, Pass, _kept
 from megatron_scalebio.config import Config
 from megatron_scalebio.data import MicroBatch, StepBatch
 from megatron_scalebio.data.batch import Rows
@@ -168,8 +168,8 @@ def test_the_logits_wait_for_their_warm_up_and_are_measured_in_it():
 
 
 def test_what_a_limit_takes_from_a_source_goes_to_the_others_and_not_into_what_is_learned():
-    """Weights .5, .3, .2, of which the first keeps half: the models train with 1/3, .4, 4/15."""
-    starts = [0.5, 0.3, 0.2], [1 / 3, 0.4, 4 / 15]
+    """Weights .5, .3, .2, of which the first keeps half: the models train with .25, .45, .3."""
+    starts = [0.5, 0.3, 0.2], [0.25, 0.45, 0.3]
     held, free = (Bilevel(config("bilevel.penalty_alpha=10"), SourceWeights(3, start=start)) for start in starts)
     models, like = Quadratics(), Quadratics()
     held.step(models, 1, batch([0.5, 1.0, 1.0]), NO_LAYERS)
@@ -241,3 +241,12 @@ def test_the_fingerprint_tells_steps_logits_and_active_layers_apart():
         Bilevel(config(), weights).step(Watched(), step, batch(), {role: layers for role in Role})
     assert seen[0] == seen[1] and len(set(seen)) == 4
     assert all(0 <= fingerprint < 2**20 for fingerprint in seen)
+
+
+def test_a_source_that_a_limit_holds_back_regains_nothing():
+    weights = torch.tensor([0.98, 0.01, 0.01], dtype=torch.float64)
+    found = _kept(weights, [0.1, 1.0, 1.0])
+    torch.testing.assert_close(found, torch.tensor([0.098, 0.451, 0.451], dtype=torch.float64))
+    assert _kept(weights, [1.0, 1.0, 1.0]) is weights
+    every = _kept(weights, [0.5, 0.5, 0.25])  # none is free to take it
+    torch.testing.assert_close(every.sum(), torch.tensor(1.0, dtype=torch.float64))

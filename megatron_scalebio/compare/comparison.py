@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
+from threading import Lock
 from typing import Any
 
 from megatron_scalebio.compare.arms import ARMS, NONE, Arm, Result
@@ -86,11 +87,16 @@ def _run_all(
     head: dict[str, Any],
     at_once: int,
 ) -> int:
+    writing = Lock()  # arms that end together write the same file
+
     def work(arm: Arm, runs: ArmRuns) -> None:
-        for name, result in arm.run(runs).items():
-            results[name, runs.seed] = result
-            print(f"seed {runs.seed}  {name}: test loss {result.test_loss:.4f}  {result.flops:.3g} FLOPs", flush=True)
-        _write(file, head, dict(results))
+        done = arm.run(runs)
+        with writing:
+            for name, result in done.items():
+                results[name, runs.seed] = result
+                told = f"test loss {result.test_loss:.4f}  {result.flops:.3g} FLOPs"
+                print(f"seed {runs.seed}  {name}: {told}", flush=True)
+            _write(file, head, dict(results))
 
     previous = {number: signal.signal(number, lambda got, _: processes.stop(got)) for number in _SIGNALS}
     try:
