@@ -61,7 +61,7 @@ class ArmRuns:
         """Raises: UserError, where the share of the budget buys no step; Failed, Stopped."""
         terms, folder = self.terms, self.terms.folder / "runs" / self.arm / f"seed_{self.seed}" / name
         of_run = {"seed": self.seed, "output_dir": str(folder), "resume": "auto", "eval_every": 0}
-        of_run |= {"export": False, "save_last": False}
+        of_run |= {"export": False, "save_last": False, "stop": "steps", "export_model": "upper", "profile": None}
         config = changed(terms.config, {**{f"run.{key}": value for key, value in of_run.items()}, **settings})
         run = open_run(config, world_size=terms.num_ranks, writes=False)
         steps = int(share * terms.budget_flops / flops_of_step(run, terms.num_ranks))

@@ -89,12 +89,13 @@ class MetricsWriter:
 
     def settled(self, *coming: dict[str, float]) -> bool:
         """Whether a run that stops when its weights have settled has its last step behind it; False on ranks but the
-        main. Not before a quarter of the planned steps: weights that have hardly begun to move stand still, too.
+        main. Not before a quarter of the planned steps after the logits' warm-up: weights that have hardly begun to
+        move stand still, too.
 
         Args:
             coming: weights after a step that is not recorded yet.
         """
-        history = [*self.history, *coming]
+        history = [*self.history, *coming][self.config.bilevel.logits_warmup_steps :]
         return (
             self.is_main_rank
             and len(history) >= max(1, self.config.bilevel.steps / 4)
