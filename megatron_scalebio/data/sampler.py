@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_scalebio.config import Config, evaluation_sets
+from megatron_scalebio.config import Config, EvaluationSet, evaluation_sets
 from megatron_scalebio.data.batch import MicroBatch, Rows, StepBatch
 from megatron_scalebio.data.dataset import Dataset, Example
 from megatron_scalebio.data.packing import build_micro_batch, plan_microbatches, rows_of
@@ -37,7 +37,7 @@ class Sampler:
                 for name, examples in zip(dataset.source_names, dataset.train, strict=True)
             ]
         self._shares = _adaptive_shares(config, dataset) if config.data.sampling == "adaptive" else None
-        sets = evaluation_sets("data.validation", config.data.validation) if dataset.validation else []
+        sets = _sets("data.validation", config.data.validation, dataset.validation)
         several = len(sets) > 1
         self._validation = [
             _Stream(_of_set(dataset.validation, number), f"{seed}/validation" + (f"/{each.name}" if several else ""))
@@ -46,9 +46,7 @@ class Sampler:
         self._validation_weights = [each.weight for each in sets]
         size = config.bilevel.validation_batch_size
         self._validation_sizes = shares_of_sets(self._validation_weights, size) if sets else []
-        sets = evaluation_sets("data.test", config.data.test)
-        # A dataset made in memory may have test examples that no setting names: one set.
-        self.test_weights = ([each.weight for each in sets] or [1.0]) if dataset.test else []
+        self.test_weights = [each.weight for each in _sets("data.test", config.data.test, dataset.test)]
 
     def step(self, step: int, weights: Sequence[float] = ()) -> StepBatch:
         """The batch of `step`, counted from 1. num_tokens counts input positions: n - 1 for an example of n tokens.
@@ -138,6 +136,11 @@ def _counts(examples: list[Example], num_sources: int) -> tuple[list[int], list[
     ids = np.array([example.source_id for example in examples], dtype=np.int64)
     loss_tokens = np.bincount(ids, [example.num_loss_tokens for example in examples], num_sources)
     return np.bincount(ids, minlength=num_sources).tolist(), loss_tokens.astype(int).tolist()
+
+
+def _sets(key: str, value: Any, examples: list[Example]) -> list[EvaluationSet]:
+    """The sets that the examples are of. A dataset made in memory may have some that no setting names: one set."""
+    return (evaluation_sets(key, value) or evaluation_sets(key, "")) if examples else []
 
 
 def _of_set(examples: list[Example], number: int) -> list[Example]:

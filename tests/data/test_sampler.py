@@ -244,6 +244,15 @@ def test_fixed_mode_has_no_validation(config):
     assert (batch.validation, batch.num_validation_examples, batch.num_validation_loss_tokens) == ([], [], [])
 
 
+def test_a_dataset_made_in_memory_has_one_set_of_each_kind_without_a_setting(config):
+    dataset = load_dataset(config)
+    config.data.validation = config.data.test = None
+    sampler = sampler_of(dataset, config, 0, 1)
+    step = sampler.step(1)
+    assert step.validation_weights == sampler.test_weights == [1.0]
+    assert step.num_validation_examples == [config.bilevel.validation_batch_size] == [len(examples_of(step.validation))]
+
+
 def test_natural_sampling_may_have_more_sources_than_examples_per_step(config):
     config.bilevel.global_batch_size = 2
     config.data.sampling = "natural"
