@@ -85,7 +85,7 @@ class StepResult:
     validation_losses: Tensor | None  # [sets]
     penalty_gap: float | None  # p . g
     hypergradient: Tensor | None  # [K]
-    signal_to_noise: Tensor | None  # [K], of the hypergradient's running mean
+    signal_to_noise: Tensor | None  # [K], of each gap over the mean gap: `SourceWeights.signal_to_noise`
     grad_norm: dict[Role, Tensor]  # scalars, before the clip
     lr: float
     logits_lr: float | None

@@ -303,7 +303,8 @@ def _profile(config: Config) -> list[str]:
 def _needs_learning(config: Config) -> list[str]:
     which, stop = config.run.export_model, config.run.stop
     if config.bilevel.mode == "bilevel":
-        return []
+        still = stop == "settled" and config.bilevel.logits_lr == 0
+        return ["run.stop=settled with bilevel.logits_lr=0, where no weight moves: set it to steps"] if still else []
     problems = []
     if which != "upper":
         problems = [f"run.export_model={which} with bilevel.mode=fixed, which trains no lower model: set it to upper"]

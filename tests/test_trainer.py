@@ -57,7 +57,7 @@ def test_the_peak_of_memory_is_the_fullest_ranks_and_rates_are_over_the_steps_ti
 
 
 def test_a_run_ends_when_its_weights_have_settled_and_stays_ended(tmp_path):
-    settings = (TP2, "bilevel.steps=40", "bilevel.logits_lr=0", "run.stop=settled")
+    settings = (TP2, "bilevel.steps=40", "bilevel.logits_lr=1e-6", "run.stop=settled")
     run_distributed(2, run, tmp_path, settings, "CPU", 18)
     records = read_metrics(tmp_path)
     assert len(records) == 17 and "test_loss" in records[-1]

@@ -46,6 +46,7 @@ BETAS = Range(
     "two numbers from 0 up to, not including, 1",
     lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
 )
+GATE = Range("from 0 to 10, of at most 14 standard errors that there can be", lambda value: 0 <= value <= 10)
 UNIT = Range("a share, from 0 to 1", lambda value: 0 <= value <= 1)
 SHARE = Range("a share of bilevel.steps, from 0 up to, not including, 1", lambda value: 0 <= value < 1)
 
@@ -184,9 +185,9 @@ class BilevelConfig:
     logits_weight_decay: Filled[float] = setting(None, "adamw only", NOT_NEGATIVE)
     logits_gate: Filled[float] = setting(
         None,
-        "a source's logit stays while the mean of its hypergradient is within this many standard errors of 0: noise; 0:"
-        " it always moves",
-        NOT_NEGATIVE,
+        "a source's logit stays while its gap is within this many standard errors of the mean gap, over some hundred"
+        " steps: noise; 0: it always moves",
+        GATE,
     )
     logits_clip: float | None = setting(None, "largest norm of the hypergradient; null: no clip", POSITIVE)
     logits_warmup_steps: int = setting(0, "first steps in which the logits stay, and are only measured", at_least(0))

@@ -62,8 +62,7 @@ class RunConsole:
         if summary is None:
             return
         self.console.print(self._table(summary))
-        if summary["still_moving"]:
-            self._print("The weights are still moving: more steps would move them further.")
+        self._print(movement(summary, self.config))
         for line in warnings_of(summary):
             self._print(line)
 
@@ -134,6 +133,18 @@ def interval_head(intervals: dict[str, tuple[float, float]] | None) -> tuple[str
 def interval_text(intervals: dict[str, tuple[float, float]] | None, name: str) -> tuple[str, ...]:
     """The cell below `interval_head`."""
     return () if intervals is None else ("{:.3f}-{:.3f}".format(*intervals[name]).replace("0.", "."),)
+
+
+def movement(summary: dict[str, Any], config: Config) -> str:
+    """Whether the weights have come to rest; of runs of earlier versions that have moved is taken for granted."""
+    if config.bilevel.mode == "fixed":
+        return "The weights are fixed."
+    if not summary.get("moved", True):
+        gate = f"within bilevel.logits_gate={config.bilevel.logits_gate:g} standard errors of the mean gap"
+        return f"No weight has moved: the gap of every source was {gate}, or no step had a logits_lr."
+    if summary["still_moving"]:
+        return "Some weights were still moving at the end: more steps would move them further."
+    return "The weights have settled."
 
 
 def warnings_of(summary: dict[str, Any]) -> list[str]:

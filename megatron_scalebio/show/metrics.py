@@ -38,6 +38,7 @@ class MetricsFiles:
             "epochs": summary["epochs"],
             "epochs_planned": summary["epochs_planned"],
             "overfitting": summary["overfitting"],
+            "moved": summary["moved"],
             "settled": summary["settled"],
             "still_moving": summary["still_moving"],
             "config_sha256": self.config_sha256,

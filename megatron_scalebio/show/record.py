@@ -36,7 +36,7 @@ class StepRecord:
     num_examples: dict[str, int]  # of each source, in this step's training batch
     flops: float  # executed in this step by all ranks together
     peak_memory_bytes: int  # of the fullest rank: on a GPU torch's tensors in this step; on the CPU the process so far
-    signal_to_noise: BySource  # of the hypergradient's running mean: `SourceWeights.signal_to_noise`
+    signal_to_noise: BySource  # `SourceWeights.signal_to_noise`
     kept: BySource  # share of its weight that data.max_epochs leaves a source; empty: there is no limit
     val_losses: BySource  # of each validation set; empty: there is but one
     test_loss: float | None = None  # of the upper model; only in records of steps after which it was evaluated

@@ -9,9 +9,8 @@ from megatron_scalebio.config import Config, load_config
 from megatron_scalebio.resolution import changed_from_preset
 from megatron_scalebio.run_folder import RunFolder, replace_file
 from megatron_scalebio.show.charts import Line, line_chart
-from megatron_scalebio.show.console import duration, interval_head, interval_text, warnings_of
+from megatron_scalebio.show.console import duration, interval_head, interval_text, movement, warnings_of
 from megatron_scalebio.show.metrics import read_metrics, read_weights
-from megatron_scalebio.show.summary import weights_summary
 
 STYLE = """
 :root { color-scheme: light dark; }
@@ -35,16 +34,15 @@ def write_report(output_dir: str | Path) -> Path:
     last, name = records[-1], folder.name
     seconds = sum(record.get("step_seconds") or 0.0 for record in records)
     charts = [weights_svg(records), *(svg for svg in (losses_svg(records), gap_svg(records)) if svg)]
-    moving = "Some weights were still moving at the end." if weights["still_moving"] else "The weights had settled."
     content = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{escape(name)}</title><style>{STYLE}</style></head><body>
 <h1>{escape(name)}</h1>
 <p>{last["step"]} of {config.bilevel.steps} steps in {duration(seconds)}; mode {config.bilevel.mode},
-preset {config.bilevel.preset}. {moving}{_pace(records)}</p>
+preset {config.bilevel.preset}. {escape(movement(weights, config))}{_pace(records)}</p>
 {"".join(charts)}
 <h2>Sources</h2>
-{_sources_table(records, weights)}
+{_sources_table(weights)}
 {_remarks(records, weights, config)}
 <h2>Settings that differ from the preset</h2>
 {_settings_table(changed_from_preset(config))}
@@ -113,11 +111,10 @@ def _line(name: str, records: list[dict[str, Any]], value: Any) -> Line:
     return Line(name, [(step, number) for step, number in points if number is not None])
 
 
-def _sources_table(records: list[dict[str, Any]], weights: dict[str, Any]) -> str:
-    rows, settled_now = [], weights_summary([record["weights"] for record in records])["settled"]
-    intervals = weights.get("intervals")
+def _sources_table(weights: dict[str, Any]) -> str:
+    rows, intervals = [], weights.get("intervals")
     for name, weight in weights["weights"].items():
-        settled = "yes" if settled_now[name] else "no"
+        settled = "yes" if weights["settled"][name] else "no"
         epochs = f"{weights['epochs'][name]:.2f}" if "epochs" in weights else ""
         mean = f"{weights['weights_mean'][name]:.4f}"
         numbers = (

@@ -5,12 +5,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+import numpy as np
+
 from megatron_scalebio.config import Config, write_config
 from megatron_scalebio.run_folder import RunFolder
 from megatron_scalebio.show.console import RunConsole
 from megatron_scalebio.show.metrics import MetricsFiles, claim_folder, take_up_metrics
 from megatron_scalebio.show.record import StepRecord
-from megatron_scalebio.show.summary import epochs_summary, overfitting_summary, weight_intervals, weights_summary
+from megatron_scalebio.show.summary import (
+    Rows,
+    epochs_summary,
+    overfitting_summary,
+    weight_intervals,
+    weights_summary,
+)
 
 
 class Writer(Protocol):
@@ -50,10 +58,10 @@ class MetricsWriter:
         self.folder = RunFolder(Path(config.run.output_dir))
         self.writers: list[Writer] = [MetricsFiles(config, num_examples), RunConsole(config, num_examples)]
         self.num_examples, self.num_duplicates = num_examples, num_duplicates
-        self.history: list[dict[str, float]] = []  # weights after each step, from step 1
-        self.drawn: list[dict[str, int]] = []  # examples of each source in each step
-        self.train_losses: list[dict[str, float | None]] = []  # of the upper model, in each step
-        self.validation_losses: list[float | None] = []
+        self.names = list(num_examples)
+        self.history = Rows(len(self.names))  # weights after each step, from step 1
+        self.drawn = Rows(len(self.names))  # examples of each source in each step
+        self.losses = Rows(len(self.names) + 1)  # of the upper model in each step, by source, and on validation
         self._stack = ExitStack()
 
     def __enter__(self) -> "MetricsWriter":
@@ -89,36 +97,39 @@ class MetricsWriter:
 
     def settled(self, *coming: dict[str, float]) -> bool:
         """Whether a run that stops when its weights have settled has its last step behind it; False on ranks but the
-        main. Not before a quarter of the planned steps after the logits' warm-up: weights that have hardly begun to
-        move stand still, too.
+        main. Not before a quarter of the planned steps after the logits' warm-up, and not before a weight has moved:
+        weights that noise holds where they began stand still, too.
 
         Args:
             coming: weights after a step that is not recorded yet.
         """
-        history = [*self.history, *coming][self.config.bilevel.logits_warmup_steps :]
-        return (
-            self.is_main_rank
-            and len(history) >= max(1, self.config.bilevel.steps / 4)
-            and not weights_summary(history)["still_moving"]
-        )
+        rows = [[weights[name] for name in self.names] for weights in coming]
+        history = np.vstack([self.history.table, *rows])[self.config.bilevel.logits_warmup_steps :]
+        if not self.is_main_rank or len(history) < max(1, self.config.bilevel.steps / 4):
+            return False
+        summary = weights_summary(self.names, history)
+        return summary["moved"] and not summary["still_moving"]
 
     def _remember(self, record: dict[str, Any]) -> None:
-        self.history.append(record["weights"])
-        self.drawn.append(record.get("num_examples", {}))
-        self.train_losses.append(record["train_loss_upper"])
-        self.validation_losses.append(record["val_loss"])
+        drawn = record.get("num_examples", {})
+        self.history.append([record["weights"][name] for name in self.names])
+        self.drawn.append([drawn.get(name, 0) for name in self.names])
+        self.losses.append([*(record["train_loss_upper"].get(name) for name in self.names), record["val_loss"]])
 
     def _summary(self) -> dict[str, Any]:
-        epochs = epochs_summary(self.drawn, self.num_examples, self.config.bilevel.steps)
-        overfitting = overfitting_summary(self.train_losses, self.validation_losses, epochs["epochs"])
-        found: dict[str, Any] = {"num_duplicates": self.num_duplicates, "overfitting": overfitting}
-        found["intervals"] = weight_intervals(self.history)
-        return weights_summary(self.history) | epochs | found
+        weights, learned = self.history.table, self.config.bilevel.mode == "bilevel"
+        epochs = epochs_summary(self.drawn.table, self.num_examples, self.config.bilevel.steps)
+        found: dict[str, Any] = {
+            "num_duplicates": self.num_duplicates,
+            "overfitting": overfitting_summary(self.losses.table, epochs["epochs"]),
+            "intervals": weight_intervals(self.names, weights),
+        }
+        return weights_summary(self.names, weights, learned) | epochs | found
 
     def _closing(self, writer: Writer) -> Any:
         """What closes a writer when the run ends: the end of an ExitStack's context."""
 
         def close(kind: type[BaseException] | None, *_: object) -> None:
-            writer.close(self._summary() if kind is None and self.history else None)
+            writer.close(self._summary() if kind is None and len(self.history.table) else None)
 
         return close

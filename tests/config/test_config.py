@@ -340,6 +340,8 @@ def test_what_a_family_has_passes(load, overrides):
         ("lisa.always_active=[head] model.shape.tied_embeddings=true", "the embedding is the head: name both"),
         ("precision.compute=fp64 run.device=cuda", "precision.compute=fp64 is for parity on the CPU"),
         ("run.stop=settled bilevel.mode=fixed", "run.stop=settled with bilevel.mode=fixed, where no weight moves"),
+        ("run.stop=settled bilevel.logits_lr=0", "run.stop=settled with bilevel.logits_lr=0, where no weight moves"),
+        ("bilevel.logits_gate=11", "bilevel.logits_gate=11.0: must be from 0 to 10"),
         ("run.export_model=both bilevel.mode=fixed", "run.export_model=both with bilevel.mode=fixed, which trains no"),
         ("optimizer.betas=[0.9]", "optimizer.betas=[0.9]: must be two numbers"),
         ("optimizer.betas=[0.9,1.0]", "optimizer.betas=[0.9, 1.0]: must be two numbers"),

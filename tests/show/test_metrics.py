@@ -4,6 +4,7 @@ import io
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,6 +55,7 @@ def test_weights_json_has_exactly_the_keys_of_the_contract(config):
         "epochs": {"clean": 6 * 5 / 30, "noisy": 2 * 5 / 20},
         "epochs_planned": {"clean": 6 * 8 / 30, "noisy": 2 * 8 / 20},
         "overfitting": {"clean": False, "noisy": False},
+        "moved": True,
         "settled": {"clean": False, "noisy": False},
         "still_moving": True,
         "config_sha256": config_sha256(config),
@@ -116,8 +118,9 @@ def constant(steps: int, *weights: float) -> np.ndarray:
 
 def settled(table: np.ndarray) -> list[bool]:
     """Of each column of weights [steps, sources]."""
-    summary = weights_summary([{str(k): weight for k, weight in enumerate(row)} for row in table.tolist()])
-    assert summary["still_moving"] == (not all(summary["settled"].values()))
+    summary = weights_summary([str(k) for k in range(table.shape[1])], table)
+    assert summary["moved"] == bool((table != table[0]).any())
+    assert summary["still_moving"] == (summary["moved"] and not all(summary["settled"].values()))
     return list(summary["settled"].values())
 
 
@@ -166,7 +169,8 @@ def test_a_run_may_end_by_its_weights_after_a_quarter_of_its_steps(config):
     config.bilevel.steps = 100
     still = {"weights": {"clean": 0.5, "noisy": 0.5}}
     with MetricsWriter(config, NUM_EXAMPLES, NUM_DUPLICATES, start_step=0, is_main_rank=True) as metrics:
-        for step in range(1, 25):
+        metrics.record(a_record(1))
+        for step in range(2, 25):
             metrics.record(a_record(step, **still))
         assert not metrics.settled()
         assert metrics.settled(still["weights"]) and not metrics.settled({"clean": 0.6, "noisy": 0.4})
@@ -174,8 +178,28 @@ def test_a_run_may_end_by_its_weights_after_a_quarter_of_its_steps(config):
         assert metrics.settled()
 
 
+def test_weights_that_have_never_left_their_start_end_no_run(config, capsys):
+    config.bilevel.steps = 100
+    with MetricsWriter(config, NUM_EXAMPLES, NUM_DUPLICATES, start_step=0, is_main_rank=True) as metrics:
+        for step in range(1, 101):
+            metrics.record(a_record(step, weights={"clean": 0.5, "noisy": 0.5}))
+            assert not metrics.settled()
+    assert "No weight has moved" in capsys.readouterr().out
+    found = json.loads(read(config, "weights.json"))
+    assert (found["moved"], found["still_moving"], found["intervals"]) == (False, False, None)
+
+
+def test_fixed_weights_have_settled_from_the_first_step_on(config, capsys):
+    config.bilevel.mode = "fixed"
+    with MetricsWriter(config, NUM_EXAMPLES, NUM_DUPLICATES, start_step=0, is_main_rank=True) as metrics:
+        metrics.record(a_record(1))
+    found = json.loads(read(config, "weights.json"))
+    assert all(found["settled"].values()) and not found["still_moving"]
+    assert "The weights are fixed." in capsys.readouterr().out
+
+
 def test_epochs_are_of_what_was_drawn_and_planned_at_the_pace_of_the_last_quarter():
-    drawn = [{"a": 10}] * 6 + [{"a": 4, "b": 6}] * 2
+    drawn = np.array([[10, 0]] * 6 + [[4, 6]] * 2)
     summary = epochs_summary(drawn, {"a": 20, "b": 6}, 10)
     assert summary == {"epochs": {"a": 68 / 20, "b": 2.0}, "epochs_planned": {"a": 76 / 20, "b": 4.0}}
 
@@ -222,6 +246,10 @@ def test_config_yaml_reads_back_equal(config, tmp_path):
     assert load_config(str(tmp_path / "config.yaml"), []) == config
 
 
+def summary_of(record: StepRecord) -> dict[str, Any]:
+    return weights_summary(list(record.weights), np.array([list(record.weights.values())]))
+
+
 def shown(every: int, terminal: bool, records: list[StepRecord]) -> str:
     config = load_config(None, [f"bilevel.steps={records[-1].step}", f"run.eval_every={10 * every}"])
     stream = io.StringIO()
@@ -229,7 +257,7 @@ def shown(every: int, terminal: bool, records: list[StepRecord]) -> str:
     writer = RunConsole(config, NUM_EXAMPLES, console)
     writer.open()
     for record in records:
-        writer.record(record, weights_summary([record.weights]))
+        writer.record(record, summary_of(record))
     writer.close(None)
     return stream.getvalue()
 
@@ -277,13 +305,14 @@ def test_the_interval_of_a_weight_holds_where_such_runs_end_on_average():
         noise = rng.normal(0, 0.01, steps + 50)
         moves = np.convolve(noise, 0.9 ** np.arange(50))[50 : steps + 50]
         share = 1 / (1 + np.exp(-(trend + np.cumsum(moves))))
-        history = [{"a": a, "b": 1 - a} for a in share.tolist()]
-        (low, high), (other_low, other_high) = weight_intervals(history).values()
+        history = np.stack([share, 1 - share], axis=1)
+        (low, high), (other_low, other_high) = weight_intervals(["a", "b"], history).values()
         assert low < share[-1] < high and other_low == pytest.approx(1 - high) and other_high == pytest.approx(1 - low)
         inside += low < 1 / (1 + np.exp(-3)) < high
     assert 0.85 <= inside / 200 <= 0.99
-    assert weight_intervals(history[:99]) is None
-    assert weight_intervals([{"a": 1.0, "b": 0.0}] * 400) is None
+    assert weight_intervals(["a", "b"], history[:99]) is None
+    assert weight_intervals(["a", "b"], constant(400, 1.0, 0.0)) is None
+    assert weight_intervals(["a", "b"], constant(400, 0.5, 0.5)) is None, "no movement says nothing of noise"
 
 
 def test_a_source_learned_by_heart_is_named():
@@ -293,9 +322,9 @@ def test_a_source_learned_by_heart_is_named():
     fall, flat = np.linspace(2, 1, steps), np.ones(steps)
 
     def found(validation, **losses):
-        rows = [dict(zip(losses, row, strict=True)) for row in zip(*losses.values(), strict=True)]
+        table = np.array([*losses.values(), validation], dtype=float).T
         epochs = {name: 0.9 if name == "once" else 3.0 for name in losses}
-        return [name for name, true in overfitting_summary(rows, list(validation), epochs).items() if true]
+        return [name for name, true in overfitting_summary(table, epochs).items() if true]
 
     seldom = [value if index % 8 == 0 else None for index, value in enumerate(fall.tolist())]
     few = [value if index == 79 else None for index, value in enumerate(fall.tolist())]
@@ -317,7 +346,7 @@ def test_what_a_user_should_know_of_the_records_is_said_at_the_end_and_a_source_
     for step, kept in ((1, 1.0), (2, 0.5), (3, 0.4)):
         record = a_record(step, kept={"clean": kept, "noisy": 1.0})
         writer.record(record, {})
-    summary = weights_summary([record.weights]) | {"epochs": {"clean": 4.25, "noisy": 0.5}}
+    summary = summary_of(record) | {"epochs": {"clean": 4.25, "noisy": 0.5}}
     summary |= {"intervals": {"clean": (0.6, 0.7), "noisy": (0.3, 0.4)}}
     summary |= {"num_duplicates": NUM_DUPLICATES, "overfitting": {"clean": True, "noisy": False}}
     writer.close(summary)
