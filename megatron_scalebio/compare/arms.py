@@ -1,8 +1,8 @@
 """The arms of a comparison: ways to spend a budget of FLOPs. Each is a function that asks `Runs` to train.
 
 Where weights are given, an adaptive batch is drawn by them, so that a source of weight 0 costs nothing. Weights that
-are learned or searched for are paid out of the same budget: `learning_share` of it goes to that, the rest to a fresh
-model.
+are learned or searched for are paid out of the same budget: about `learning_share` of it goes to that, and what is left
+to a fresh model.
 """
 
 from collections.abc import Callable, Mapping
@@ -47,11 +47,12 @@ class Runs(Protocol):
     config: Config
     seed: int
     num_examples: dict[str, int]  # usable records of each source
+    budget_flops: float
     learning_share: float
     mixtures: int
 
-    def train(self, name: str, settings: Mapping[str, Any], share: float) -> Result:
-        """Train from the start with `share` of the budget, under `settings` over the configuration's."""
+    def train(self, name: str, settings: Mapping[str, Any], flops: float) -> Result:
+        """Train from the start for as many steps as `flops` buy, under `settings` over the configuration's."""
 
 
 @dataclass(frozen=True)
@@ -97,14 +98,15 @@ _LEARNS = {"bilevel.mode": "bilevel", "bilevel.weights": None}
 @_arm(NONE)
 def uniform(runs: Runs) -> Result:
     """every source counts the same"""
-    return runs.train("train", _fixed(None), 1.0)
+    return runs.train("train", _fixed(None), runs.budget_flops)
 
 
 @_arm(NONE)
 def natural(runs: Runs) -> Result:
     """every record counts the same: sources in proportion to their usable records"""
     total = sum(runs.num_examples.values())
-    return runs.train("train", _fixed({name: number / total for name, number in runs.num_examples.items()}), 1.0)
+    weights = {name: number / total for name, number in runs.num_examples.items()}
+    return runs.train("train", _fixed(weights), runs.budget_flops)
 
 
 @_arm(NONE)
@@ -113,13 +115,13 @@ def given(runs: Runs) -> Result:
     weights = runs.config.bilevel.weights
     if weights is None:
         raise UserError("--arms given: bilevel.weights is not set; give a mapping {name: weight} or a weights.json")
-    return runs.train("train", _fixed(weights), 1.0)
+    return runs.train("train", _fixed(weights), runs.budget_flops)
 
 
 @_arm({"one_stage_upper": TRAINS, "one_stage_lower": CHOOSES})
 def one_stage(runs: Runs) -> dict[str, Result]:
     """the bilevel run itself: its upper model, and its lower"""
-    result = runs.train("learn", _LEARNS | {"run.export_model": "both"}, 1.0)
+    result = runs.train("learn", _LEARNS | {"run.export_model": "both"}, runs.budget_flops)
     assert result.test_loss_lower is not None  # `run.export_model`
     lower = replace(result, test_loss=result.test_loss_lower)
     return {"one_stage_upper": result, "one_stage_lower": lower}
@@ -128,8 +130,8 @@ def one_stage(runs: Runs) -> dict[str, Result]:
 @_arm(CHOOSES)
 def learned(runs: Runs) -> Result:
     """a bilevel run learns the weights, a fresh model is trained with them"""
-    learning = runs.train("learn", _LEARNS, runs.learning_share)
-    return runs.train("train", _fixed(learning.weights), 1.0 - runs.learning_share).after(learning)
+    learning = runs.train("learn", _LEARNS, runs.learning_share * runs.budget_flops)
+    return runs.train("train", _fixed(learning.weights), runs.budget_flops - learning.flops).after(learning)
 
 
 @_arm(TRAINS)
@@ -137,7 +139,8 @@ def validation(runs: Runs) -> Result:
     """the validation records as the only source"""
     sets = _validation_sets(runs)
     weights = {each.name: each.weight for each in sets}
-    return runs.train("train", _fixed(weights) | {"data.sources": _sources(sets), "data.max_epochs": None}, 1.0)
+    settings = _fixed(weights) | {"data.sources": _sources(sets), "data.max_epochs": None}
+    return runs.train("train", settings, runs.budget_flops)
 
 
 @_arm(TRAINS)
@@ -148,7 +151,7 @@ def validation_added(runs: Runs) -> Result:
         while source.name in {other.name for other in sources}:
             source.name += "_"
         sources.append(source)
-    return runs.train("train", _fixed(None) | {"data.sources": sources}, 1.0)
+    return runs.train("train", _fixed(None) | {"data.sources": sources}, runs.budget_flops)
 
 
 def _validation_sets(runs: Runs) -> list[EvaluationSet]:
@@ -162,14 +165,15 @@ def _sources(sets: list[EvaluationSet]) -> list[SourceConfig]:
 @_arm(CHOOSES)
 def random(runs: Runs) -> Result:
     """of some random mixtures that with the lowest validation loss in a short run; a fresh model is trained with it"""
-    share = runs.learning_share / runs.mixtures
+    flops = runs.learning_share * runs.budget_flops / runs.mixtures
     on_validation = {"data.test": runs.config.data.validation}
     tries = [
-        runs.train(f"mixture_{number}", _fixed(_mixture(runs, number)) | on_validation, share)
+        runs.train(f"mixture_{number}", _fixed(_mixture(runs, number)) | on_validation, flops)
         for number in range(1, runs.mixtures + 1)
     ]
     best = min(tries, key=lambda result: result.test_loss)
-    return runs.train("train", _fixed(best.weights), 1.0 - runs.learning_share).after(*tries)
+    left = runs.budget_flops - sum(result.flops for result in tries)
+    return runs.train("train", _fixed(best.weights), left).after(*tries)
 
 
 def _mixture(runs: Runs, number: int) -> dict[str, float]:

@@ -17,6 +17,7 @@ from megatron_scalebio.compare.runs import ArmRuns, Failed, Processes, Stopped, 
 from megatron_scalebio.compare.statistics import interval_of_mean
 from megatron_scalebio.compare.verdict import verdict
 from megatron_scalebio.config import UserError, changed, config_sha256, load_config
+from megatron_scalebio.data import Dataset
 from megatron_scalebio.run import Run, open_run
 from megatron_scalebio.run_folder import replace_file
 
@@ -60,7 +61,7 @@ def compare(
     folder = Path(config.run.output_dir).absolute()
     terms = Terms(config, world, at_once, budget_flops, learning_share, mixtures, folder)
     counts = run.dataset.num_examples
-    file, head = folder / "compare.json", _head(terms)
+    file, head = folder / "compare.json", _head(terms, run.dataset)
     results = _read(file, head)
     processes = Processes()
     jobs = [
@@ -124,13 +125,19 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def content_of(head: dict[str, Any], results: dict[tuple[str, int], Result]) -> dict[str, Any]:
-    """What compare.json holds: arms from the lowest mean test loss on, and the differences of every two of them."""
+    """What compare.json holds: arms from the lowest mean test loss on, over the seeds that all have (where there are
+    any), and the differences of every two of them.
+    """
     uses = {name: use for arm in ARMS.values() for name, use in arm.validation.items()}
     by_arm: dict[str, dict[int, Result]] = {}
     for (name, seed), result in sorted(results.items(), key=lambda item: item[0]):
         by_arm.setdefault(name, {})[seed] = result
-    means = {name: fmean(result.test_loss for result in mine.values()) for name, mine in by_arm.items()}
-    names = sorted(means, key=means.__getitem__)
+    of_all = set.intersection(*(set(mine) for mine in by_arm.values())) if by_arm else set()
+
+    def standing(name: str) -> float:
+        return fmean(result.test_loss for seed, result in by_arm[name].items() if seed in of_all or not of_all)
+
+    names = sorted(by_arm, key=standing)
     rows = []
     for name in names:
         losses = [result.test_loss for result in by_arm[name].values()]
@@ -138,7 +145,7 @@ def content_of(head: dict[str, Any], results: dict[tuple[str, int], Result]) -> 
         rows.append(
             {
                 "name": name,
-                "test_loss_mean": means[name],
+                "test_loss_mean": fmean(losses),
                 "interval": interval_of_mean(losses),
                 "sees_validation": uses[name] != NONE,
                 "validation": uses[name],
@@ -180,35 +187,42 @@ def _check_numbers(
 
 
 def _open(config_file: str | None, overrides: Sequence[str], num_ranks: int | None) -> Run:
-    """The bilevel run that the arms are variants of, with the weights that arm `given` trains with, which may be 0.
+    """The bilevel run that the arms are variants of, with the weights that arm `given` trains with, which may be 0, and
+    the limit of repetition, which each run is checked against with its own number of steps.
 
     Raises: UserError.
     """
     loaded = load_config(config_file, list(overrides))
     world = num_ranks or loaded.parallel.tensor * loaded.parallel.pipeline
-    learns = ["bilevel.mode=bilevel", "bilevel.weights=null"]
+    learns = ["bilevel.mode=bilevel", "bilevel.weights=null", "data.max_epochs=null"]
     run = open_run(config_file, [*overrides, *learns], world_size=world, writes=False)
-    run = replace(run, config=changed(run.config, {"bilevel.weights": loaded.bilevel.weights}))
+    own = {"bilevel.weights": loaded.bilevel.weights, "data.max_epochs": loaded.data.max_epochs}
+    run = replace(run, config=changed(run.config, own))
     if not run.dataset.test:
         raise UserError("data.test is not set: a comparison is made on a test set that no arm has seen")
     return run
 
 
-def _head(terms: Terms) -> dict[str, Any]:
-    """What makes a comparison this one; more arms and seeds may be added to it."""
-    config = terms.config
-    config = changed(config, {"run.seed": 1})
+def _head(terms: Terms, dataset: Dataset) -> dict[str, Any]:
+    """What makes a comparison this one; more arms and seeds may be added, and `given_weights` with arm `given`."""
+    config = changed(terms.config, {"run.seed": 1, "bilevel.weights": None})
     return {
         "budget_flops": terms.budget_flops,
         "learning_share": terms.learning_share,
         "mixtures": terms.mixtures,
         "ranks": terms.num_ranks,
         "config_sha256": config_sha256(config),
+        "dataset_fingerprint": dataset.fingerprint,
+        "test_fingerprint": dataset.test_fingerprint,
+        "given_weights": terms.config.bilevel.weights,
     }
 
 
 def _read(file: Path, head: dict[str, Any]) -> dict[tuple[str, int], Result]:
-    """The results that a folder has. Raises: UserError if they are of another comparison."""
+    """The results that a folder has; what they were given as weights comes into `head`, unless it has other ones.
+
+    Raises: UserError, if they are of another comparison.
+    """
     folder = file.parent
     if not file.exists():
         if folder.exists() and any(folder.iterdir()):
@@ -219,6 +233,8 @@ def _read(file: Path, head: dict[str, Any]) -> dict[tuple[str, int], Result]:
         return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
+        if head["given_weights"] is None or all(arm["name"] != "given" for arm in content["arms"]):
+            content["given_weights"] = head["given_weights"] = head["given_weights"] or content.get("given_weights")
         differing = [
             f"{key}: {content.get(key)} there, {head[key]} here" for key in head if content.get(key) != head[key]
         ]

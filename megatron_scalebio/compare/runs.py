@@ -17,6 +17,7 @@ from megatron_scalebio.data import Sampler
 from megatron_scalebio.data.shares import draw_limits
 from megatron_scalebio.launch import EXIT_USER_ERROR, EXITS_ON_SIGNAL
 from megatron_scalebio.plan.utilization import batch_flops
+from megatron_scalebio.rules import check_config
 from megatron_scalebio.run import Run, open_run
 from megatron_scalebio.run_folder import RunFolder
 from megatron_scalebio.show.metrics import read_metrics, read_weights
@@ -50,31 +51,36 @@ class ArmRuns:
     processes: "Processes"
     dry: bool = False
     config: Config = field(init=False)
+    budget_flops: float = field(init=False)
     learning_share: float = field(init=False)
     mixtures: int = field(init=False)
 
     def __post_init__(self) -> None:
         terms = self.terms
-        self.config, self.learning_share, self.mixtures = terms.config, terms.learning_share, terms.mixtures
+        self.config, self.budget_flops = terms.config, terms.budget_flops
+        self.learning_share, self.mixtures = terms.learning_share, terms.mixtures
 
-    def train(self, name: str, settings: Mapping[str, Any], share: float) -> Result:
-        """Raises: UserError, where the share of the budget buys no step; Failed, Stopped."""
+    def train(self, name: str, settings: Mapping[str, Any], flops: float) -> Result:
+        """Raises: UserError, where `flops` are too few for a step; Failed, Stopped."""
         terms, folder = self.terms, self.terms.folder / "runs" / self.arm / f"seed_{self.seed}" / name
         of_run = {"seed": self.seed, "output_dir": str(folder), "resume": "auto", "eval_every": 0}
         of_run |= {"export": False, "save_last": False, "stop": "steps", "export_model": "upper", "profile": None}
         config = changed(terms.config, {**{f"run.{key}": value for key, value in of_run.items()}, **settings})
-        run = open_run(config, world_size=terms.num_ranks, writes=False)
-        steps = int(share * terms.budget_flops / flops_of_step(run, terms.num_ranks))
+        run = open_run(without_limit(config), world_size=terms.num_ranks, writes=False)
+        each = flops_of_step(run, terms.num_ranks)
+        steps = int(flops / each)
         if steps < 1:
             raise UserError(
-                f"--arms {self.arm}: {share:.3g} of a budget of {terms.budget_flops:.3g} FLOPs buys no step of run"
-                f" '{name}', which takes {flops_of_step(run, terms.num_ranks):.3g}: raise --budget or --steps"
+                f"--arms {self.arm}: {max(flops, 0.0) / terms.budget_flops:.3g} of a budget of"
+                f" {terms.budget_flops:.3g} FLOPs buys no step of run '{name}', which takes {each:.3g}: raise --budget"
+                " or --steps"
             )
         config = changed(config, {"bilevel.steps": steps})
+        check_config(config, terms.num_ranks, run.dataset.tokenizer.vocab_size)
         draw_limits(config, list(run.dataset.num_examples.values()))
         if self.dry:
             even = {source: 1 / len(run.dataset.source_names) for source in run.dataset.source_names}
-            return Result(0.0, even, steps, 0.0, 0, 0.0, 0.0)
+            return Result(0.0, even, steps, steps * each, 0, 0.0, 0.0)
         if (found := read_result(folder, steps)) is not None:
             return found
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -87,9 +93,14 @@ class ArmRuns:
         return result
 
 
+def without_limit(config: Config) -> Config:
+    """Before it is known for how many steps it is, which is what `data.max_epochs` is checked against."""
+    return changed(config, {"data.max_epochs": None})
+
+
 def flops_of_step(run: Run, num_ranks: int) -> float:
     """Executed FLOPs of a step of all ranks, the mean over some steps and draws of layers."""
-    config, total = run.config, 0.0
+    config, total = without_limit(run.config), 0.0
     data_parallel = num_ranks // (config.parallel.tensor * config.parallel.pipeline)
     sampler = Sampler(run.dataset, config, 0, data_parallel)
     weights = make_source_weights(config, run.dataset.source_names).weights.tolist()

@@ -66,15 +66,23 @@ class Dataset:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of all that decides the steps: source names, and tokens and masks of training and validation."""
-        digest = hashlib.sha256()
         sets = [[e for e in self.validation if e.source_id == number] for number in range(self.num_validation_sets)]
-        names = [*self.source_names, *[""] * len(sets)]
-        for name, examples in zip(names, [*self.train, *sets], strict=True):
-            digest.update(f"{len(name.encode())}:{name}:{len(examples)}:".encode())
-            for example in examples:
-                digest.update(len(example.tokens).to_bytes(8, "little"))
-                digest.update(example.tokens.astype("<i4").tobytes() + example.loss_mask.tobytes())
-        return digest.hexdigest()
+        return _fingerprint([*self.source_names, *[""] * len(sets)], [*self.train, *sets])
+
+    @cached_property
+    def test_fingerprint(self) -> str:
+        """sha256 of the tokens and masks of the test examples."""
+        return _fingerprint([""], [self.test])
+
+
+def _fingerprint(names: list[str], pools: list[list[Example]]) -> str:
+    digest = hashlib.sha256()
+    for name, examples in zip(names, pools, strict=True):
+        digest.update(f"{len(name.encode())}:{name}:{len(examples)}:".encode())
+        for example in examples:
+            digest.update(len(example.tokens).to_bytes(8, "little"))
+            digest.update(example.tokens.astype("<i4").tobytes() + example.loss_mask.tobytes())
+    return digest.hexdigest()
 
 
 def load_dataset(config: Config, tokenizer: Tokenizer | None = None) -> Dataset:

@@ -1,5 +1,7 @@
 """Student's t, and what a comparison concludes from it."""
 
+from itertools import combinations
+
 import pytest
 
 from megatron_scalebio.compare.arms import ARMS
@@ -28,13 +30,15 @@ def test_the_interval_of_a_mean_is_that_of_hand():
 
 
 def content(paired: dict[tuple[str, str], tuple[float, float]], seeds: int = 3) -> dict:
-    """Arms in the order in which they are first named, their differences with these intervals."""
+    """Arms in the order in which they are first named, their differences with these intervals, others within .1."""
     names = list(dict.fromkeys(name for pair in paired for name in pair))
+    paired = {pair: (-0.1, 0.1) for pair in combinations(names, 2)} | paired
     rows = [
         {"arm": a, "against": b, "difference_mean": sum(interval) / 2, "interval": interval}
         for (a, b), interval in paired.items()
     ]
-    return {"arms": [{"name": name, "seeds": [{}] * seeds} for name in names], "paired": rows}
+    arms = [{"name": name, "seeds": [{"flops": 1e9}] * seeds} for name in names]
+    return {"budget_flops": 1e9, "arms": arms, "paired": rows}
 
 
 def test_only_a_difference_without_zero_makes_an_arm_the_better_one():
@@ -47,6 +51,24 @@ def test_only_a_difference_without_zero_makes_an_arm_the_better_one():
     assert "cannot be told from uniform: use uniform, the simplest" in verdict(tied)
     assert "cannot be told from random: use learned" in verdict(
         content({("learned", "uniform"): (-0.3, -0.1), ("learned", "random"): (-0.5, 0.0)})
+    )
+
+
+def test_an_arm_that_is_clearly_higher_is_no_tie():
+    """The first is the lowest over the seeds that all arms have; over those of a pair it may be the higher."""
+    assert verdict(content({("learned", "uniform"): (0.1, 0.3), ("uniform", "random"): (-0.2, -0.1)})) == (
+        "Weigh all sources the same: at equal cost its test loss is lower than that of every other arm, than random's"
+        " by 0.15 (95% interval 0.1 to 0.2, 3 seeds)."
+    )
+
+
+def test_arms_that_spent_more_or_less_than_the_budget_are_named():
+    dear = content({("learned", "uniform"): (-0.3, -0.1)})
+    dear["arms"][0]["seeds"] = [{"flops": 1.04e9}, {"flops": 1.5e9}, {"flops": 1.2e9}]
+    assert verdict(dear) == (
+        "Learn the weights and train a fresh model with them: its test loss is lower than that of every other arm, than"
+        " uniform's by 0.2 (95% interval 0.1 to 0.3, 3 seeds). Not at equal cost: executed FLOPs beside the budget,"
+        " learned +25%."
     )
 
 
