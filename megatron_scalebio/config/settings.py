@@ -16,7 +16,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "bilevel.logits_lr": 1.0e-2,
         "bilevel.logits_schedule": "constant",
         "bilevel.logits_weight_decay": 0.01,
-        "bilevel.logits_gate": 2.0,
+        "bilevel.logits_gate": 3.0,
         "data.sampling": "adaptive",
         "data.replacement": False,
         "lisa.pairing": "shared",
@@ -185,8 +185,8 @@ class BilevelConfig:
     logits_weight_decay: Filled[float] = setting(None, "adamw only", NOT_NEGATIVE)
     logits_gate: Filled[float] = setting(
         None,
-        "a source's logit stays while its gap is within this many standard errors of the mean gap, over some hundred"
-        " steps: noise; 0: it always moves",
+        "a source's logit is held back while its gap is within this many standard errors of the mean gap, over some"
+        " hundred steps: noise; it catches up once it stands out; 0: it always moves",
         GATE,
     )
     logits_clip: float | None = setting(None, "largest norm of the hypergradient; null: no clip", POSITIVE)

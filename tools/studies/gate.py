@@ -17,7 +17,7 @@ PROCESSES = os.cpu_count() or 1  # small models
 UNGATED = "no gate"
 ARMS = (
     Arm(UNGATED, ("bilevel.logits_gate=0",)),
-    Arm("gate 2", ("bilevel.logits_gate=2",)),
+    Arm("gate 3", ("bilevel.logits_gate=3",)),
 )
 
 
