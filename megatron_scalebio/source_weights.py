@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What is kept per step of the mean that the gate looks at, and of what was held back. AdamW's mean, over ten steps, would
+# What is kept per step of the mean that the gate looks at, and of what was held back. AdamW's mean of ten steps would
 # not do: the weights learn from signals too small for ten steps to show. A longer one forgets late that one has turned.
 # Simulated, five sources at a rate of .02, gate 3: 400 steps of noise move a weight by .08 at most, .01 on average; in
 # 200 steps a source that is better by as much as its noise comes from .2 to .89, without a gate to .90.
