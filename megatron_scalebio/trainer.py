@@ -181,7 +181,10 @@ class Trainer:
                 card = model_card(self.config, role, self.step, self.weights, self.dataset.num_examples)
                 export_model(self.models, folder, self.dataset.tokenizer.end_id, role, card)
             elif self.groups.rank == 0:
-                print(f"{folder} is there already, and is kept as it is")
+                print(
+                    f"{folder} is there already, and is kept as it is: should it not be of step {self.step}, which its"
+                    " README.md says, move it away and run again with run.resume=auto"
+                )
         except UserError as error:
             if self.groups.rank == 0:
                 print(f"error: {error}; run.resume=auto tries again", file=sys.stderr, flush=True)
@@ -269,8 +272,9 @@ class Trainer:
             names = {"train": self.dataset.source_names}
             sets = {"validation": data.validation, "test": data.test}
             names |= {split: names_of_sets(value) for split, value in sets.items() if isinstance(value, list)}
-            what = error.describe(names)
-            print(f"error: step {self.step + 1}, before any update: {what}", file=sys.stderr, flush=True)
+            evaluated = any(part.split == "test" for part in error.passes)
+            when = f"step {self.step}, evaluation" if evaluated else f"step {self.step + 1}, before any update"
+            print(f"error: {when}: {error.describe(names)}", file=sys.stderr, flush=True)
 
 
 def make_source_weights(config: Config, source_names: list[str]) -> SourceWeights:

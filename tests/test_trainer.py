@@ -1,6 +1,8 @@
 """What the loop records beside the mathematics: rates, memory, traces."""
 
+import contextlib
 import gzip
+import io
 import json
 from pathlib import Path
 from unittest import mock
@@ -54,6 +56,23 @@ def test_the_peak_of_memory_is_the_fullest_ranks_and_rates_are_over_the_steps_ti
     for record in records:
         assert record["tokens_per_second"] == record["num_tokens"] / record["step_seconds"]
         assert record["mfu"] is None and record["tflops_per_gpu"] > 0
+
+
+def evaluated_to_nothing(folder: Path) -> tuple[int, str]:
+    """A run whose first evaluation, after step 2, divides by no tokens."""
+    dataset = small_dataset(0)
+    dataset.test = dataset.validation
+    trainer = loop.Trainer(Run(resolved(*RUN, f"run.output_dir={folder}"), dataset))
+    parts, (examples, tokens) = trainer.sampler.test_batch()
+    trainer.sampler.test_batch = lambda: (parts, (examples, [0] * len(tokens)))
+    with contextlib.redirect_stderr(io.StringIO()) as errors:
+        return trainer.train(), errors.getvalue()
+
+
+def test_a_test_loss_that_is_not_finite_is_told_of_the_step_that_was_taken(tmp_path):
+    ((status, errors),) = run_distributed(1, evaluated_to_nothing, tmp_path)
+    assert status == 1 and "error: step 2, evaluation: not finite on rank 0: loss " in errors
+    assert len(read_metrics(tmp_path)) == 2
 
 
 def test_a_run_ends_when_its_weights_have_settled_and_stays_ended(tmp_path):
