@@ -12,6 +12,10 @@ the grid under its whole block, which then rounds anew, in each model for itself
 numbers round alike. Within 1/16 of the largest fp32 number one may come back as infinity. A block with a NaN or an
 infinity in it has the scale NaN and is NaN throughout: bad numbers are never cut to size.
 
+Of two nearly equal matrices the second may be stored as what it differs by from the first (`difference`): alone, each
+would round for itself where a number has crossed a step of e4m3, by far more than the two differ by. A sum of e4m3's
+number and a difference of bf16 numbers is mostly a bf16 number: the two then differ as they did in bf16.
+
 Every kernel moves a tile of [rows, 128] once: as wide as a block, so that a block's largest magnitude never leaves the
 program, with rows of which each is read and written in whole 16-byte vectors.
 
@@ -33,11 +37,12 @@ ROWS_PER_TILE = 32  # where a program needs no whole 128x128 block
 
 @dataclass(frozen=True)
 class BlockScaled:
-    """The matrix [R, C] whose entry (r, c) is `data[r, c] * scale[r // block_rows, c // 128]`."""
+    """The matrix [R, C] whose entry (r, c) is `data[r, c] * scale[r // block_rows, c // 128]`, and the difference's."""
 
     data: Tensor  # [R, C] e4m3
     scale: Tensor  # [ceil(R / block_rows), ceil(C / 128)] fp32
     block_rows: int  # 128 for weights, 1 for activations
+    difference: "BlockScaled | None" = None  # of weights alone, with blocks of the same size
 
 
 def quantize(x: Tensor, block_rows: int) -> BlockScaled:
@@ -77,13 +82,16 @@ def quantize_reference(x: Tensor, block_rows: int) -> BlockScaled:
 
 
 def dequantize(q: BlockScaled, dtype: torch.dtype) -> Tensor:
-    """The numbers, [R, C]: products in fp32, rounded to `dtype`."""
+    """The numbers, [R, C]: products and sum in fp32, rounded to `dtype`."""
     if not on_triton(q.data):
         return dequantize_reference(q, dtype)
     rows, columns = q.data.shape
     x = torch.empty(rows, columns, dtype=dtype, device=q.data.device)
+    other = q if q.difference is None else q.difference
     _dequantize_kernel[_grid(rows, columns, ROWS_PER_TILE)](
-        *(q.data.contiguous(), q.scale, x, rows, columns, *q.scale.stride()),
+        *(q.data.contiguous(), q.scale, other.data.contiguous(), other.scale, x, rows, columns),
+        *(*q.scale.stride(), *other.scale.stride()),
+        **dict(HAS_DIFFERENCE=q.difference is not None),
         **dict(BLOCK_ROWS=q.block_rows, TILE_ROWS=ROWS_PER_TILE, BLOCK=SCALE_BLOCK),
         num_warps=4,
     )
@@ -92,11 +100,13 @@ def dequantize(q: BlockScaled, dtype: torch.dtype) -> Tensor:
 
 def dequantize_reference(q: BlockScaled, dtype: torch.dtype) -> Tensor:
     """`dequantize` in plain PyTorch."""
-    return (q.data.float() * _spread(q.scale, q.block_rows, *q.data.shape)).to(dtype)
+    x = q.data.float() * _spread(q.scale, q.block_rows, *q.data.shape)
+    return (x if q.difference is None else x + dequantize_reference(q.difference, torch.float32)).to(dtype)
 
 
 def transpose(weight: BlockScaled) -> BlockScaled:
-    """A 128x128-scaled weight [N, K] as [K, N], `data` row-major in new memory, `scale` a view."""
+    """A 128x128-scaled weight [N, K] without difference as [K, N], `data` row-major in new memory, `scale` a view."""
+    assert weight.difference is None
     if not on_triton(weight.data):
         return transpose_reference(weight)
     rows, columns = weight.data.shape
@@ -177,21 +187,30 @@ def _quantize_kernel(
 def _dequantize_kernel(
     data_ptr,  # [R, C] e4m3
     scale_ptr,  # [ceil(R / BLOCK_ROWS), ceil(C / BLOCK)] fp32, any strides
+    other_data_ptr,  # as `data_ptr` and `scale_ptr`, to be added: HAS_DIFFERENCE
+    other_scale_ptr,
     x_ptr,  # [R, C] bf16 or fp32
     rows,
     columns,
     scale_stride_row,
     scale_stride_column,
+    other_stride_row,
+    other_stride_column,
+    HAS_DIFFERENCE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     first_row, block_column, offset, inside = _tile(rows, columns, TILE_ROWS, BLOCK)
     row = first_row + tl.arange(0, TILE_ROWS)[:, None]
-    at = (row // BLOCK_ROWS).to(tl.int64) * scale_stride_row + block_column.to(tl.int64) * scale_stride_column
-    scale = tl.load(scale_ptr + at, mask=row < rows, other=0.0)
-    data = tl.load(data_ptr + offset, mask=inside, other=0.0)
-    tl.store(x_ptr + offset, (data.to(tl.float32) * scale).to(x_ptr.dtype.element_ty), mask=inside)
+    down, across = (row // BLOCK_ROWS).to(tl.int64), block_column.to(tl.int64)
+    scale = tl.load(scale_ptr + down * scale_stride_row + across * scale_stride_column, mask=row < rows, other=0.0)
+    x = tl.load(data_ptr + offset, mask=inside, other=0.0).to(tl.float32) * scale
+    if HAS_DIFFERENCE:
+        at = down * other_stride_row + across * other_stride_column
+        other = tl.load(other_scale_ptr + at, mask=row < rows, other=0.0)
+        x += tl.load(other_data_ptr + offset, mask=inside, other=0.0).to(tl.float32) * other
+    tl.store(x_ptr + offset, x.to(x_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

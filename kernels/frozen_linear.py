@@ -50,9 +50,9 @@ def frozen_linear(x: Tensor, weight: BlockScaled, rounds_inputs: bool = True) ->
     Args:
         x: [..., K] bf16 or fp32.
         weight: [N, K] in blocks of 128x128, row-major. Nothing else is kept for the backward pass.
-        rounds_inputs: both products round their left operand to FP8 first, in blocks of 1x128 numbers: `x`, and the
-            output's gradient. Without, they are products in the dtype of `x`, to which the weight is widened each time
-            into scratch memory.
+        rounds_inputs: the weight has no difference, and both products round their left operand to FP8 first, in blocks
+            of 1x128 numbers: `x`, and the output's gradient. Without, they are products in the dtype of `x`, to which
+            the weight is widened each time into scratch memory, its difference added.
 
     Returns: [..., N] in the dtype of `x`.
     """
@@ -76,13 +76,15 @@ class _FrozenLinear(torch.autograd.Function):
 class _WideFrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: BlockScaled) -> Tensor:
-        ctx.save_for_backward(weight.data, weight.scale)
+        other = weight.difference
+        ctx.save_for_backward(weight.data, weight.scale, *(() if other is None else (other.data, other.scale)))
         return x @ dequantize(weight, x.dtype).T
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (grad,), (data, scale) = grads, ctx.saved_tensors
-        return grad @ dequantize(BlockScaled(data, scale, SCALE_BLOCK), grad.dtype), None
+        (grad,), (data, scale, *other) = grads, ctx.saved_tensors
+        difference = BlockScaled(other[0], other[1], SCALE_BLOCK) if other else None
+        return grad @ dequantize(BlockScaled(data, scale, SCALE_BLOCK, difference), grad.dtype), None
 
 
 def _times(x: Tensor, w: BlockScaled) -> Tensor:
@@ -102,6 +104,7 @@ def matmul(x: BlockScaled, w: BlockScaled, dtype: torch.dtype) -> Tensor:
 
     Returns: [M, N].
     """
+    assert w.difference is None
     if not on_triton(x.data):
         return matmul_reference(x, w, dtype)
     if x.data.shape[1] % ALIGNMENT:

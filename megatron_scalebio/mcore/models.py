@@ -52,7 +52,11 @@ class MegatronModels:
         blocks = {role: make_blocks(named_parameters(models[role], family, groups), ranks) for role in roles}
         quantizes = config.precision.frozen_weights == "fp8"
         initial = initial_weights or self._initial_weights()
-        self.store = WeightStore(blocks, groups, device, initial if loads or quantizes else None, quantizes)
+        # Products of FP8 with FP8 have no place for the sum of a weight and a difference.
+        differences = quantizes and config.precision.frozen_inputs == "compute"
+        self.store = WeightStore(
+            blocks, groups, device, initial if loads or quantizes else None, quantizes, differences
+        )
         self.dtype = models[Role.UPPER].config.params_dtype
         te = config.model.implementation == "te"
         self.chunk = DualModel(models, groups, device, te)

@@ -93,11 +93,12 @@ class Persistence:
         """Copy a checkpoint's tensors in, then make each block what its exact weights say."""
         for key, target in self.sharded_tensors().items():
             target.data.copy_(loaded[key])
+        for name in {name: None for _, name in self.store.masters}:
+            self.store.restore(name)
         for role, blocks in self.store.blocks.items():
             for name, block in blocks.items():
-                if (role, name) in self.store.masters:
-                    self.store.restore(role, name)
-                elif block.weights is not None and not (role is Role.UPPER and self.store.is_shared(name)):
+                done = (role, name) in self.store.masters or (role is Role.UPPER and self.store.is_shared(name))
+                if block.weights is not None and not done:
                     shard = data_parallel_shard(block.numel, self.groups)
                     exact = self.exact(role, name)
                     assert exact is not None

@@ -204,7 +204,7 @@ def _count_static_parts(models: MegatronModels, tracker: MemoryTracker) -> None:
 def _weights(block: Block) -> list[Tensor]:
     if block.quantized is None:
         return [block.flat]
-    matrices = block.quantized.matrices
+    matrices = [part for matrix in block.quantized.matrices for part in (matrix, matrix.difference) if part is not None]
     return [block.quantized.vectors, *(tensor for matrix in matrices for tensor in (matrix.data, matrix.scale))]
 
 

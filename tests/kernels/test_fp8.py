@@ -3,6 +3,7 @@
 Shapes: R rows, C columns.
 """
 
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from megatron_scalebio.kernels import fp8
 from megatron_scalebio.kernels.fp8 import SCALE_BLOCK, BlockScaled, dequantize, quantize, transpose
+from megatron_scalebio.kernels.frozen_linear import matmul
 from tests.distributed import run_distributed
 from tests.guarded_memory import guarded, poisoned_memory
 from tests.hopper import compiled_for_hopper
@@ -37,6 +39,10 @@ def check_kernels() -> None:
                         assert_same_bits(dequantize(found, wide), fp8.dequantize_reference(expected, wide))
                     if block_rows == SCALE_BLOCK:
                         assert_same(transpose(found), fp8.transpose_reference(expected))
+                        other = quantize(guarded(x.flip(0, 1).contiguous() / 512), block_rows)
+                        for wide in (torch.bfloat16, torch.float32):
+                            both = replace(found, difference=other)
+                            assert_same_bits(dequantize(both, wide), fp8.dequantize_reference(both, wide))
     view = all_kinds(200, 129, 1).T
     assert_same(quantize(view, 1), fp8.quantize_reference(view, 1))
     weight = quantize(all_kinds(200, 129, SCALE_BLOCK), SCALE_BLOCK)
@@ -167,6 +173,32 @@ def test_numbers_that_have_been_through_fp8_come_through_it_again_as_they_are(bl
         assert torch.equal(dequantize(quantize(numbers, block_rows), dtype), numbers)
 
 
+def test_a_weight_beside_another_differs_from_it_as_it_did_in_bf16():
+    """Updates far below a step of e4m3, and of bf16: rounded alone, a few numbers come to differ by whole steps of
+    e4m3; beside the other they differ as those that bf16 moves."""
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.randn(300, 400, generator=generator)
+    lower, upper = exact.bfloat16(), (exact * (1 + 3e-4 * torch.randn(exact.shape, generator=generator))).bfloat16()
+    base = quantize(lower, SCALE_BLOCK)
+    beside = replace(base, difference=quantize(upper - lower, SCALE_BLOCK))
+    wanted = upper.float() - lower.float()
+    found = dequantize(beside, torch.bfloat16).float() - dequantize(base, torch.bfloat16).float()
+    alone = dequantize(quantize(upper, SCALE_BLOCK), torch.float32) - dequantize(base, torch.float32)
+    nothing = replace(base, difference=quantize(lower - lower, SCALE_BLOCK))
+    assert torch.equal(dequantize(nothing, torch.float32), dequantize(base, torch.float32))
+    assert 0.01 < (wanted != 0).float().mean() < 0.2, "some numbers ought to move in bf16, and most not"
+    assert (found - wanted).norm() < 0.15 * wanted.norm() < 0.15 * (alone - wanted).norm()
+    assert (alone - wanted).norm() > 3 * wanted.norm()
+
+
+def test_products_of_fp8_have_no_place_for_a_difference():
+    weight = quantize(torch.ones(128, 128), SCALE_BLOCK)
+    both = replace(weight, difference=weight)
+    for refused in (lambda: transpose(both), lambda: matmul(quantize(torch.ones(1, 128), 1), both, torch.float32)):
+        with pytest.raises(AssertionError):
+            refused()
+
+
 # The 32B shapes, whole and one of 8 tensor-parallel shards, and a ragged one. Registers per thread, shared bytes per
 # program, and how many 16-byte loads and stores there must be at least.
 WIDE, RAGGED = [(8192, 27648), (640, 5120)], [(201, 129)]
@@ -179,6 +211,8 @@ BUDGETS = [
     ("dequantize", 1, WIDE, 48, 8192, 2, 4),
     ("dequantize", SCALE_BLOCK, WIDE, 48, 8192, 2, 4),
     ("dequantize", SCALE_BLOCK, RAGGED, 184, 8192, 0, 0),
+    ("dequantize with a difference", SCALE_BLOCK, WIDE, 64, 8192, 4, 4),
+    ("dequantize with a difference", SCALE_BLOCK, RAGGED, 255, 8192, 0, 0),
     ("transpose", SCALE_BLOCK, WIDE, 40, 16384, 4, 4),
     ("transpose", SCALE_BLOCK, RAGGED, 255, 16384, 0, 0),
 ]
@@ -191,13 +225,15 @@ def test_hopper_kernels_keep_their_budget(operation, block_rows, sizes, register
             for dtype in (torch.bfloat16, torch.float32):
                 if operation == "quantize":
                     quantize(torch.empty(size, dtype=dtype, device="meta"), block_rows)
-                elif operation == "dequantize":
-                    dequantize(unallocated(*size, block_rows), dtype)
+                elif operation.startswith("dequantize"):
+                    weight = unallocated(*size, block_rows)
+                    both = replace(weight, difference=unallocated(*size, block_rows))
+                    dequantize(weight if operation == "dequantize" else both, dtype)
                 else:
                     transpose(unallocated(*size, block_rows))
     assert len(kernels) == 2 * len(sizes)
     for kernel in kernels:
-        assert kernel.name == f"_{operation}_kernel"
+        assert kernel.name == f"_{operation.partition(' ')[0]}_kernel"
         assert kernel.spills == kernel.stack_bytes == 0
         assert kernel.registers <= registers and kernel.shared_bytes <= shared_bytes
         assert kernel.count("LDG.E.128") >= loads and kernel.count("STG.E.128") >= stores

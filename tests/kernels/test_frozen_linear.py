@@ -8,6 +8,7 @@ Shapes: M tokens, K input features, N output features.
 
 import math
 import weakref
+from dataclasses import replace
 from functools import partial
 from unittest import mock
 
@@ -149,6 +150,25 @@ def check_layer() -> None:
         y = frozen_linear(empty, quantize(whole_numbers(129, 200), SCALE_BLOCK))
         y.sum().backward()
         assert y.shape == (*empty.shape[:-1], 129) and empty.grad.shape == empty.shape
+
+
+def test_a_difference_counts_in_forward_and_gradient():
+    check_difference()
+    run_distributed(1, check_difference, interpret=True)
+
+
+def check_difference() -> None:
+    """Whole numbers of which fp32 holds every product and sum exactly."""
+    for tokens, columns, inner in [(1, 129, 200), (50, 7, 1), (65, 264, 129)]:
+        base, difference = whole_numbers(columns, inner), whole_numbers(columns, inner, seed=3) / 64
+        stored = replace(quantize(base, SCALE_BLOCK), difference=quantize(difference, SCALE_BLOCK))
+        x, grad = whole_numbers(tokens, inner, seed=1).requires_grad_(), whole_numbers(tokens, columns, seed=2)
+        with poisoned_memory():
+            y = frozen_linear(x, stored, rounds_inputs=False)
+            y.backward(grad)
+        weight = base.double() + difference.double()
+        assert torch.equal(y.double(), x.double() @ weight.T)
+        assert torch.equal(x.grad.double(), grad.double() @ weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

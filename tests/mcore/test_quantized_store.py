@@ -66,6 +66,8 @@ def follow_storage(case: Case) -> None:
                 continue
             upper = run.blocks(Role.UPPER)[name]
             assert (lower.stored is upper.stored) == (name not in ever_active)
+            if name in ever_active and lower.quantized is not None:
+                check_pair(run, lower, upper)
             if name not in ever_active:
                 matrices = [quantize(view, SCALE_BLOCK) for view in lower.views(initial[name]) if view.ndim == 2]
                 for kept, exact in zip(lower.quantized.matrices, matrices, strict=True):
@@ -89,6 +91,30 @@ def check_block(run: RankRun, role: Role, block, frozen_in_fp8: bool) -> None:
     if (role, block.name) in run.models.store.masters:
         master = run.models.store.masters[role, block.name]
         assert master.dtype == torch.float32 and master.numel() == block.numel // run.groups.data.size()
+
+
+def check_pair(run: RankRun, lower: Block, upper: Block) -> None:
+    """Lower's is its weights rounded; upper's differs from it as the exact ones do, within 1/16 of that."""
+    flat = []
+    for role, block in ((Role.LOWER, lower), (Role.UPPER, upper)):
+        master = run.models.store.masters[role, block.name]
+        whole = torch.empty(block.numel, dtype=master.dtype)
+        dist.all_gather_into_tensor(whole, master.contiguous(), group=run.groups.data)
+        flat.append(whole.to(block.parameters[0].tensor.dtype))
+    for number, (low, up) in enumerate(zip(lower.views(flat[0]), upper.views(flat[1]), strict=True)):
+        if low.ndim != 2:
+            continue
+        alone, beside = lower.quantized.matrices[number], upper.quantized.matrices[number]
+        assert alone.difference is None
+        assert torch.equal(dequantize(alone, low.dtype), dequantize(quantize(low, SCALE_BLOCK), low.dtype))
+        if run.models.config.precision.frozen_inputs == "fp8":
+            assert beside.difference is None
+            assert torch.equal(dequantize(beside, low.dtype), dequantize(quantize(up, SCALE_BLOCK), low.dtype))
+            continue
+        assert beside.data is alone.data, "a second copy is kept"
+        found = dequantize(beside, torch.float32) - dequantize(alone, torch.float32)
+        exact = up.float() - low.float()
+        assert exact.abs().max() > 0 and (found - exact).norm() <= exact.norm() / 16, "as a number of e4m3 is off"
 
 
 def test_a_layer_that_never_trained_is_read_once_for_both_models():

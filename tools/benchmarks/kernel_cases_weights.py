@@ -152,7 +152,7 @@ def sum_of_squares_cases(device: torch.device, quick: bool) -> list[Case]:
 
 
 def fp8_cases(device: torch.device, quick: bool) -> list[Case]:
-    """To FP8 and back, and the transposition: 2 + 1, 1 + 2 and 1 + 1 bytes a number; the scales are few."""
+    """To FP8, back, back with a difference, and turned: 2 + 1, 1 + 2, 2 + 2, 1 + 1 bytes a number; the scales are few."""
     outputs, features = LINEARS[device.type][-1]
 
     def numbers() -> Tensor:
@@ -161,6 +161,9 @@ def fp8_cases(device: torch.device, quick: bool) -> list[Case]:
 
     def weight() -> BlockScaled:
         return quantize_reference(numbers(), SCALE_BLOCK)
+
+    def beside() -> BlockScaled:
+        return replace(weight(), difference=quantize_reference(numbers().flip(0) / 512, SCALE_BLOCK))
 
     def parts(q: BlockScaled) -> Outputs:
         return {"data": q.data, "scale": q.scale}
@@ -191,6 +194,11 @@ def fp8_cases(device: torch.device, quick: bool) -> list[Case]:
         quantize_case(SCALE_BLOCK),
         case(
             *("dequantize", 3, weight),
+            lambda q: {"numbers": dequantize(q, torch.bfloat16)},
+            lambda q: {"numbers": dequantize_reference(q, torch.bfloat16)},
+        ),
+        case(
+            *("dequantize with a difference", 4, beside),
             lambda q: {"numbers": dequantize(q, torch.bfloat16)},
             lambda q: {"numbers": dequantize_reference(q, torch.bfloat16)},
         ),
