@@ -152,7 +152,7 @@ def sum_of_squares_cases(device: torch.device, quick: bool) -> list[Case]:
 
 
 def fp8_cases(device: torch.device, quick: bool) -> list[Case]:
-    """To FP8, back, back with a difference, and turned: 2 + 1, 1 + 2, 2 + 2, 1 + 1 bytes a number; the scales are few."""
+    """To FP8, back, back with a difference, and turned: 2 + 1, 1 + 2, 2 + 2, 1 + 1 bytes a number; scales are few."""
     outputs, features = LINEARS[device.type][-1]
 
     def numbers() -> Tensor:
