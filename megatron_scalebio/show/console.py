@@ -67,7 +67,8 @@ class RunConsole:
             self._print(line)
 
     def _table(self, summary: dict[str, Any]) -> Table:
-        table, intervals = Table("source"), summary["intervals"]
+        table, intervals = Table(), summary["intervals"]
+        table.add_column("source", min_width=min(24, max(map(len, summary["weights"]))))  # others wrap before it is cut
         for head in (
             "examples",
             "final weight",
