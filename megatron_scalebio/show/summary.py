@@ -36,7 +36,8 @@ def weights_summary(names: list[str], table: np.ndarray, learned: bool = True) -
     """{"weights", "weights_mean", "moved", "settled", "still_moving"} of the weights after each step so far.
 
     The last quarter is the last ceil(step / 4) steps. The trend is what the line of least squares rises or falls over
-    it; a weight whose trend is smaller than the noise about it would not be elsewhere after more such steps.
+    it; a weight whose trend is smaller than the noise about it would not be elsewhere after more such steps. None has
+    settled before a first one has moved, and a quarter of the steps have gone by since: until then the gate held them.
 
     Args:
         table: [steps, sources], a row at least.
@@ -44,12 +45,13 @@ def weights_summary(names: list[str], table: np.ndarray, learned: bool = True) -
     """
     quarter = math.ceil(len(table) / 4)
     last, moved = table[-quarter:], bool(np.ptp(table, axis=0).any())
+    began = bool((table[: len(table) - quarter + 1] != table[0]).any())
     mean, times = last.mean(axis=0), np.arange(quarter) - (quarter - 1) / 2
     slope = times @ (last - mean) / max(times @ times, 1.0)
     scatter = (last - mean - np.outer(times, slope)).std(axis=0)
     trend = np.abs(slope) * quarter
     small = trend < TREND * np.maximum(mean, LEAST / len(names))
-    settled = (small | (trend < NOISE * scatter)) & (quarter >= FEWEST) | (not learned)
+    settled = (small | (trend < NOISE * scatter)) & (quarter >= FEWEST and began) | (not learned)
     return {
         "weights": dict(zip(names, table[-1].tolist(), strict=True)),
         "weights_mean": dict(zip(names, mean.tolist(), strict=True)),

@@ -97,8 +97,7 @@ class MetricsWriter:
 
     def settled(self, *coming: dict[str, float]) -> bool:
         """Whether a run that stops when its weights have settled has its last step behind it; False on ranks but the
-        main. Not before a quarter of the planned steps after the logits' warm-up, and not before a weight has moved:
-        weights that noise holds where they began stand still, too.
+        main. Not before a quarter of the planned steps after the logits' warm-up.
 
         Args:
             coming: weights after a step that is not recorded yet.
@@ -107,8 +106,7 @@ class MetricsWriter:
         history = np.vstack([self.history.table, *rows])[self.config.bilevel.logits_warmup_steps :]
         if not self.is_main_rank or len(history) < max(1, self.config.bilevel.steps / 4):
             return False
-        summary = weights_summary(self.names, history)
-        return summary["moved"] and not summary["still_moving"]
+        return all(weights_summary(self.names, history)["settled"].values())
 
     def _remember(self, record: dict[str, Any]) -> None:
         drawn = record.get("num_examples", {})

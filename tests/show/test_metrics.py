@@ -117,7 +117,9 @@ def constant(steps: int, *weights: float) -> np.ndarray:
 
 
 def settled(table: np.ndarray) -> list[bool]:
-    """Of each column of weights [steps, sources]."""
+    """Of each column of weights [steps, sources], which a first step has moved by next to nothing."""
+    table = table.copy()
+    table[0] += 1e-9
     summary = weights_summary([str(k) for k in range(table.shape[1])], table)
     assert summary["moved"] == bool((table != table[0]).any())
     assert summary["still_moving"] == (summary["moved"] and not all(summary["settled"].values()))
@@ -158,6 +160,18 @@ def test_noise_is_no_movement_and_a_drift_within_it_is_seen_when_it_leaves_it():
     assert settled(table) == [True, True]
     drift = np.linspace(0, 0.8, 400)[:, None] - 0.2  # .2 in the last quarter, where the noise scatters by .03
     assert settled(np.hstack([0.3 + noise + drift, np.full((400, 1), 0.7)])) == [False, True]
+
+
+def test_weights_that_the_gate_has_just_let_go_have_not_settled():
+    """Of 46 steps the last 12 are looked at: what left its start in step 35 has stood still since, or not yet."""
+    for first, expected in ((35, [True, True]), (36, [False, False]), (46, [False, False])):
+        table = constant(46, 0.5, 0.5)
+        table[first - 1 :] = 0.505, 0.495
+        summary = weights_summary(["a", "b"], table)
+        assert list(summary["settled"].values()) == expected and summary["moved"]
+        assert summary["still_moving"] == (not expected[0])
+    summary = weights_summary(["a", "b"], constant(46, 0.5, 0.5))
+    assert not any(summary["settled"].values()) and not summary["moved"] and not summary["still_moving"]
 
 
 def test_what_moved_before_the_last_quarter_has_settled():
