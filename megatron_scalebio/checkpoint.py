@@ -23,6 +23,9 @@ from torch import Tensor
 from megatron_scalebio.config import Config, UserError, config_sha256
 from megatron_scalebio.run_folder import RunFolder
 
+# Of what a checkpoint holds: another number where an older one lacks what a run now needs to go on.
+FORMAT = 2
+
 # It warns at every save, on every rank, that its built-in writer is deprecated.
 logging.getLogger("megatron.core.dist_checkpointing.strategies.torch").setLevel(logging.ERROR)
 
@@ -67,6 +70,7 @@ def save_checkpoint(
     if dist.get_rank() == 0:
         content = {
             **run_state,
+            "format": FORMAT,
             "step": step,
             "config_sha256": config_sha256(config),
             "dataset_fingerprint": dataset_fingerprint,
@@ -102,6 +106,11 @@ def read_state(path: Path, config: Config, dataset_fingerprint: str | None) -> d
             raise ValueError("not a mapping")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: state.json cannot be read ({error}); move it away to resume before it") from error
+    if state.get("format") != FORMAT:
+        raise UserError(
+            f"{path} cannot be continued: it was written by another version (format {state.get('format')} there,"
+            f" {FORMAT} here); finish the run with that version, or start anew in another run.output_dir"
+        )
     expected = {
         "config_sha256": (config_sha256(config), "the settings"),
         "dataset_fingerprint": (dataset_fingerprint, "the examples in the data files"),

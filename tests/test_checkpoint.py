@@ -84,6 +84,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_by_name_before_training(tmp_
     for ranks, overrides, seed, damage, words in [
         (1, (), 0, flip_a_byte, "step_3 is damaged"),
         (1, (), 0, cut_state, "state.json cannot be read"),
+        (1, (), 0, of_an_older_version, "written by another version (format None there, 2 here)"),
         (1, ("optimizer.lr=2e-3",), 0, None, "the settings"),
         (1, (), 1, None, "the examples in the data files"),
         (2, (), 0, None, "the layout"),
@@ -174,6 +175,13 @@ def flip_a_byte(checkpoint: Path) -> None:
     data = np.fromfile(file, dtype=np.uint8)
     data[len(data) // 2] ^= 1
     data.tofile(file)
+
+
+def of_an_older_version(checkpoint: Path) -> None:
+    file = checkpoint / "state.json"
+    state = json.loads(file.read_text())
+    del state["format"]
+    file.write_text(json.dumps(state))
 
 
 def cut_state(checkpoint: Path) -> None:
