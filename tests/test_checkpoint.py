@@ -81,15 +81,16 @@ def test_what_an_interrupted_save_left_is_ignored_and_replaced(tmp_path):
 
 def test_a_damaged_or_foreign_checkpoint_is_refused_by_name_before_training(tmp_path):
     run_distributed(1, train, tmp_path / "whole", ())
-    for ranks, overrides, seed, damage, words in [
+    cases = [
         (1, (), 0, flip_a_byte, "step_3 is damaged"),
         (1, (), 0, cut_state, "state.json cannot be read"),
         (1, (), 0, of_an_older_version, "written by another version (format None there, 2 here)"),
         (1, ("optimizer.lr=2e-3",), 0, None, "the settings"),
         (1, (), 1, None, "the examples in the data files"),
         (2, (), 0, None, "the layout"),
-    ]:
-        folder = interrupted_after(3, tmp_path / "whole", tmp_path / f"refused {words}")
+    ]
+    for number, (ranks, overrides, seed, damage, words) in enumerate(cases):
+        folder = interrupted_after(3, tmp_path / "whole", tmp_path / f"refused_{number}")  # messages name it
         if damage:
             damage(folder / "checkpoints" / "step_3")
         before = content(folder / "metrics.jsonl")
