@@ -23,6 +23,10 @@ def verdict(content: dict[str, Any]) -> str:
     if num_seeds < 2:
         return f"{best} has the lowest test loss, but one seed says nothing about chance: run at least two more seeds."
     table = _differences(content["paired"])
+    if len(table) < len(arms) * (len(arms) - 1):
+        return (
+            f"{best} has the lowest test loss, but some arms have less than two seeds in common: run what is missing."
+        )
     unbeaten = [name for name in names if all(table[name, other][0] <= 0 for other in names if other != name)]
     best = (unbeaten or names)[0]
     others = [name for name in names if name != best]
@@ -48,9 +52,11 @@ def verdict(content: dict[str, Any]) -> str:
 
 
 def _differences(paired: list[dict[str, Any]]) -> dict[tuple[str, str], tuple[float, float, float]]:
-    """{(arm, other): low, mean and high of its test loss less the other's}, either way round."""
+    """{(arm, other): low, mean, high of its test loss less the other's}, either way round; of intervals alone."""
     table = {}
     for row in paired:
+        if row["interval"] is None:
+            continue
         mean, (low, high) = row["difference_mean"], row["interval"]
         table[row["arm"], row["against"]] = low, mean, high
         table[row["against"], row["arm"]] = -high, -mean, -low

@@ -112,9 +112,11 @@ def _line(name: str, records: list[dict[str, Any]], value: Any) -> Line:
 
 
 def _sources_table(weights: dict[str, Any]) -> str:
+    """Runs of earlier versions do not say which weights have settled."""
+    words = {True: "yes", False: "no", None: ""}
     rows, intervals = [], weights.get("intervals")
     for name, weight in weights["weights"].items():
-        settled = "yes" if weights["settled"][name] else "no"
+        settled = words[weights.get("settled", {}).get(name)]
         epochs = f"{weights['epochs'][name]:.2f}" if "epochs" in weights else ""
         mean = f"{weights['weights_mean'][name]:.4f}"
         numbers = (

@@ -72,6 +72,13 @@ def test_arms_that_spent_more_or_less_than_the_budget_are_named():
     )
 
 
+def test_arms_of_other_seeds_conclude_nothing():
+    one = content({("learned", "uniform"): (-0.3, -0.1), ("learned", "random"): (-0.5, -0.2)})
+    one["paired"][0]["interval"] = None
+    assert "some arms have less than two seeds in common" in verdict(one)
+    assert "less than two seeds in common" in verdict(one | {"paired": one["paired"][1:]})
+
+
 def test_one_seed_one_arm_and_none_conclude_nothing():
     pair = {("learned", "uniform"): (-0.3, -0.1)}
     assert "one seed says nothing" in verdict(content(pair, seeds=1))

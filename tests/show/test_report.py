@@ -69,6 +69,15 @@ def test_report_of_a_fixed_run_leaves_out_what_it_has_not(tmp_path):
     assert html.count("<svg") == 1
 
 
+def test_report_of_a_run_that_does_not_say_what_has_settled_can_be_written(tmp_path):
+    folder = a_run(tmp_path, 20, **LOSSES)
+    weights = json.loads((folder / "weights.json").read_text())
+    for key in ("settled", "moved", "intervals", "epochs"):
+        del weights[key]
+    (folder / "weights.json").write_text(json.dumps(weights))
+    assert "Some weights were still moving at the end" in write_report(str(folder)).read_text()
+
+
 def test_report_of_one_step_can_be_written(tmp_path):
     assert write_report(str(a_run(tmp_path, 1, **LOSSES))).read_text().count("<circle") > 0
 
